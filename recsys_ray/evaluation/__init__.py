@@ -1,0 +1,1 @@
+"""Metrics, significance, reports: numbers that can be trusted."""

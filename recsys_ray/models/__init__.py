@@ -1,0 +1,1 @@
+"""Networks and their loaders; no Ray and no training code."""

@@ -1,0 +1,78 @@
+"""Ray at the edge: connect to a cluster or start a local one with the settings that keep it honest."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from recsys_ray.config import Config, ConfigError
+
+log = logging.getLogger(__name__)
+
+MIN_LOGICAL_CPUS = 4  # with fewer, an actor pool can starve the read task that feeds it, without an error
+UNSAFE_SWITCHES = (   # each lets Ray Data unpickle what a file says
+    "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA", "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
+    "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR", "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION",
+)
+
+
+class RayConfig(Config):
+    """How a job reaches Ray."""
+
+    address: str | None = None          # None: RAY_ADDRESS if set (as inside a submitted job), else a local Ray
+    num_cpus: int | None = None         # logical CPUs of a local Ray; None: at least MIN_LOGICAL_CPUS
+    object_store_mb: int = 512          # of a local Ray
+    no_progress_timeout_s: int = 120    # Ray Data gives up on a stuck pipeline after this long
+    progress: bool = True
+
+
+@contextmanager
+def connected(config: RayConfig) -> Iterator[None]:
+    """A Ray to work on: an already running or configured one, else a local one that ends with the block."""
+    switched_on = [name for name in UNSAFE_SWITCHES if os.environ.get(name)]
+    if switched_on:
+        raise ConfigError(f"{', '.join(switched_on)}: unset it; it lets data files run code")
+    if ray.is_initialized():
+        _configure_data(config)
+        yield
+        return
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address, log_to_driver=config.progress)
+        try:
+            _configure_data(config)
+            yield
+        finally:
+            ray.shutdown()
+        return
+    with _local_ray(config):
+        _configure_data(config)
+        yield
+
+
+@contextmanager
+def _local_ray(config: RayConfig) -> Iterator[None]:
+    # A private, short temp dir: other Rays on the machine stay untouched and socket paths stay under 107 bytes.
+    temp_dir = tempfile.mkdtemp(prefix="rr-")
+    num_cpus = config.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
+    try:
+        ray.init(address="local", num_cpus=num_cpus, object_store_memory=config.object_store_mb << 20,
+                 include_dashboard=False, _temp_dir=temp_dir, log_to_driver=config.progress,
+                 logging_level=logging.WARNING)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _configure_data(config: RayConfig) -> None:
+    context = ray.data.DataContext.get_current()
+    context.execution_no_progress_timeout_s = config.no_progress_timeout_s
+    context.enable_progress_bars = config.progress
+    context.execution_options.preserve_order = False  # tables carry ids; nothing may rely on order

@@ -1,0 +1,145 @@
+"""The Arrow schema and column names of every table that crosses a stage.
+
+`RAW_*` tables come from a source: the shop's own strings under our column names, nothing parsed.
+The others are clean: units in the column name (`price_cents`, `timestamp_ms`), int64 row ids
+(`recsys_ray.ids`) beside the shop's string ids. `conform` is the only border control: it casts,
+adds missing nullable columns on purpose, and names the column when a table does not fit.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+TEXTS = pa.list_(pa.string())
+ATTRIBUTES = pa.map_(pa.string(), pa.string())
+
+
+def _schema(*fields: tuple[str, pa.DataType], required: tuple[str, ...] = ()) -> pa.Schema:
+    return pa.schema([pa.field(name, kind, nullable=name not in required) for name, kind in fields])
+
+
+# --- what a source yields -------------------------------------------------------------------------
+RAW_PRODUCT = _schema(
+    ("product_id", pa.string()), ("title", pa.string()), ("description", pa.string()), ("features", TEXTS),
+    ("brand", pa.string()), ("color", pa.string()), ("categories", TEXTS), ("ingredients", pa.string()),
+    ("attributes", ATTRIBUTES), ("price", pa.string()), ("released", pa.string()), ("image_urls", TEXTS),
+)
+RAW_REVIEW = _schema(
+    ("review_id", pa.string()), ("product_id", pa.string()), ("variant_id", pa.string()), ("user_id", pa.string()),
+    ("rating", pa.float32()), ("title", pa.string()), ("text", pa.string()), ("timestamp_ms", pa.int64()),
+    ("verified", pa.bool_()), ("helpful_votes", pa.int32()),
+)
+
+# --- clean tables ---------------------------------------------------------------------------------
+PRODUCT = _schema(
+    ("row_id", pa.int64()), ("product_id", pa.string()), ("title", pa.string()), ("description", pa.string()),
+    ("features", TEXTS), ("brand", pa.string()), ("color", pa.string()), ("categories", TEXTS),
+    ("category", pa.string()),          # the first level of `categories`: the facet and the filter
+    ("ingredients", pa.string()), ("attributes", ATTRIBUTES),
+    ("price_cents", pa.int64()), ("released_ms", pa.int64()), ("image_urls", TEXTS), ("variant_ids", TEXTS),
+    ("group_id", pa.int64()),           # smallest row id of its near-duplicate group
+    ("cold", pa.bool_()),               # no review before the train cut
+    required=("row_id", "product_id", "group_id"),
+)
+REVIEW = _schema(
+    ("review_id", pa.string()), ("row_id", pa.int64()), ("product_id", pa.string()), ("variant_id", pa.string()),
+    ("user_id", pa.string()), ("rating", pa.float32()), ("title", pa.string()), ("text", pa.string()),
+    ("timestamp_ms", pa.int64()), ("verified", pa.bool_()), ("helpful_votes", pa.int32()),
+    ("split", pa.string()),             # train | valid | test
+    ("cold", pa.bool_()),               # its product has no review in train
+    required=("review_id", "row_id", "product_id", "timestamp_ms", "split"),
+)
+PRODUCT_TEXT = _schema(
+    ("row_id", pa.int64()), ("product_id", pa.string()), ("text", pa.string()), ("lexical_text", pa.string()),
+    ("text_hash", pa.string()),         # 32 hex digits: decides whether a product is embedded again
+    ("keywords", TEXTS), ("keyword_review_ids", TEXTS),  # the reviews that fed the text: the leak check reads them
+    required=("row_id", "product_id", "text", "text_hash"),
+)
+PRODUCT_STATS = _schema(                # as of `as_of_ms`, from earlier reviews only; never crawl-time fields
+    ("row_id", pa.int64()), ("as_of_ms", pa.int64()), ("num_reviews", pa.int64()), ("verified_share", pa.float32()),
+    ("rating_mean", pa.float32()), ("rating_std", pa.float32()), ("mean_review_chars", pa.float32()),
+    ("last_review_ms", pa.int64()),
+    required=("row_id", "as_of_ms", "num_reviews"),
+)
+INTERACTION = _schema(
+    ("user_id", pa.string()), ("product_id", pa.string()), ("kind", pa.string()), ("rating", pa.float32()),
+    ("timestamp_ms", pa.int64()), required=("user_id", "product_id", "kind"),
+)
+IMAGE = _schema(
+    ("image_id", pa.string()), ("product_id", pa.string()), ("group_id", pa.string()), ("label", pa.string()),
+    ("width", pa.int32()), ("height", pa.int32()), ("data", pa.large_binary()), required=("image_id", "data"),
+)
+TAG = _schema(
+    ("product_id", pa.string()), ("tag", pa.string()), ("count", pa.int64()), required=("product_id", "tag"),
+)
+EVENT_KINDS = ("impression", "click", "cart", "purchase")
+EVENT = _schema(
+    ("event_id", pa.string()), ("kind", pa.string()), ("timestamp_ms", pa.int64()), ("user_id", pa.string()),
+    ("query_id", pa.string()), ("list_id", pa.string()), ("product_id", pa.string()),
+    ("position", pa.int32()),           # 1 is the top of the list; null for anything but an impression
+    ("propensity", pa.float32()),       # probability that the position was examined, in (0, 1]
+    required=("event_id", "kind", "timestamp_ms", "product_id"),
+)
+
+# --- evaluation -----------------------------------------------------------------------------------
+QUERY = _schema(
+    ("query_id", pa.string()), ("query", pa.string()), ("unit_id", pa.string()), ("slices", TEXTS),
+    required=("query_id", "query"),     # unit_id: what the bootstrap resamples (default: the query)
+)
+JUDGMENT = _schema(
+    ("query_id", pa.string()), ("product_id", pa.string()), ("gain", pa.float32()), ("label", pa.string()),
+    required=("query_id", "product_id", "gain"),
+)
+CANDIDATE = _schema(
+    ("query_id", pa.string()), ("row_id", pa.int64()), ("product_id", pa.string()), ("rank", pa.int32()),
+    ("score", pa.float32()), ("dense_score", pa.float32()), ("lexical_score", pa.float32()),
+    required=("query_id", "row_id", "product_id", "rank", "score"),
+)
+
+# --- bookkeeping ----------------------------------------------------------------------------------
+QUARANTINE = _schema(                   # every row that was not used, and why
+    ("table", pa.string()), ("source", pa.string()), ("key", pa.string()), ("reason", pa.string()),
+    ("row", pa.string()),               # the row as JSON, cut at 2,000 characters
+    required=("table", "reason"),
+)
+AUDIT = _schema(
+    ("section", pa.string()), ("name", pa.string()), ("value", pa.float64()), ("note", pa.string()),
+    required=("section", "name"),
+)
+
+
+def embedding_schema(dimension: int) -> pa.Schema:
+    """EMBEDDING: row_id, product_id, text_hash, vector (plain FixedSizeList<float32>, never Ray's tensor type)."""
+    return _schema(
+        ("row_id", pa.int64()), ("product_id", pa.string()), ("text_hash", pa.string()),
+        ("vector", pa.list_(pa.float32(), dimension)), required=("row_id", "product_id", "text_hash", "vector"),
+    )
+
+
+class SchemaError(ValueError):
+    """A table that does not fit its declared schema; the message names table, column, expected and found."""
+
+
+def conform(table: pa.Table, schema: pa.Schema, name: str) -> pa.Table:
+    """`table` with exactly the columns, order and types of `schema`; `name` is for the error message.
+
+    Nullable columns that are absent become null; a required column that is absent or holds a null,
+    or a value that cannot be cast without loss, raises `SchemaError`. Further columns are left out.
+    """
+    columns = []
+    for field in schema:
+        if field.name not in table.column_names:
+            if not field.nullable:
+                raise SchemaError(f"{name}: required column {field.name!r} ({field.type}) is missing; "
+                                  f"the table has {', '.join(table.column_names)}")
+            columns.append(pa.nulls(table.num_rows, field.type))
+            continue
+        try:
+            column = table.column(field.name).cast(field.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            found = table.schema.field(field.name).type
+            raise SchemaError(f"{name}: column {field.name!r} should be {field.type}, found {found}: {error}") from None
+        if not field.nullable and column.null_count:
+            raise SchemaError(f"{name}: required column {field.name!r} holds {column.null_count} null(s)")
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=schema)
