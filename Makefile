@@ -1,0 +1,80 @@
+# Two commands: `make demo` runs the whole flow on a generated shop, `make test` runs the tests.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+FAISS ?= cpu
+RUN := $(VENV)/bin/python
+JOB = $(RUN) jobs/$(1).py --config configs/$(1)/$(2).yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help demo serve shop report test test-unit test-ray lint types bench-embed bench-index bench-scale \
+        bench-real chaos realism results cluster-up cluster-down clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.demo: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[$(FAISS),demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[$(FAISS),demo,dev,bench]'
+	@touch $@
+
+demo: $(VENV)/.demo  ## generate a shop, prepare, embed, index, evaluate, report, serve it and ask it
+	$(call JOB,run_shop,demo)
+
+serve: $(VENV)/.demo  ## the same, and leave the service running (end it with Ctrl-C)
+	$(call JOB,run_shop,demo) stay=true
+
+shop: $(VENV)/.demo  ## your own catalogue: make shop DATA=products.csv [REVIEWS=reviews.csv] [COLUMNS=mapping.yaml]
+	@test -n "$(DATA)" || { echo "usage: make shop DATA=products.csv [REVIEWS=reviews.csv] [COLUMNS=mapping.yaml]"; exit 2; }
+	$(RUN) jobs/run_shop.py --config $(or $(COLUMNS),configs/run_shop/own.yaml) flow.prepare.source.products=$(DATA) \
+	  $(if $(REVIEWS),flow.prepare.source.reviews=$(REVIEWS))
+
+test: test-unit test-ray  ## unit tests, then the Ray tier
+
+test-unit: $(VENV)/.dev  ## tests without Ray, about a minute
+	$(RUN) -m pytest -m "not ray"
+
+test-ray: $(VENV)/.dev  ## tests that start a local Ray, Serve or a cluster
+	$(RUN) -m pytest -m ray
+
+lint: $(VENV)/.dev  ## ruff
+	$(RUN) -m ruff check .
+
+types: $(VENV)/.dev  ## mypy, strict on the package
+	$(RUN) -m mypy
+
+bench-embed: $(VENV)/.dev  ## embedding speed against sentence-transformers and the usual Ray pipeline
+	$(RUN) benchmarks/embed.py --config configs/bench_embed/full.yaml
+
+bench-index: $(VENV)/.dev  ## index types beside hnswlib on 100,000 real embeddings
+	$(RUN) benchmarks/index.py --config configs/bench_index/full.yaml
+
+bench-scale: $(VENV)/.dev  ## time and memory of preparation at 10k, 100k and 700k reviews
+	$(RUN) benchmarks/scale.py --config configs/bench_scale/full.yaml
+
+bench-real: $(VENV)/.dev  ## ESCI and Icecat, human labels
+	$(RUN) benchmarks/real_labels.py --config configs/bench_real_labels/esci.yaml
+	$(RUN) benchmarks/real_labels.py --config configs/bench_real_labels/icecat.yaml
+
+chaos: $(VENV)/.dev  ## 20 kills during embedding and indexing; the result must equal an uninterrupted run
+	$(RUN) benchmarks/chaos.py --config configs/chaos/full.yaml
+
+realism: $(VENV)/.dev  ## the demo shop at full size beside real shops
+	$(call JOB,make_demo_shop,realistic_full)
+	$(call JOB,realism_card,full)
+
+results: $(VENV)/.demo  ## rewrite the README's tables from benchmarks/results
+	$(RUN) benchmarks/tables.py
+
+cluster-up: $(VENV)/.demo  ## start a local Ray cluster with token authentication
+	$(RUN) cluster/local.py up
+
+cluster-down: $(VENV)/.demo  ## stop that cluster, and no other Ray
+	$(RUN) cluster/local.py down
+
+clean:  ## delete the runs (not the virtual environment)
+	rm -rf runs
