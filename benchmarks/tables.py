@@ -1,0 +1,58 @@
+"""Rewrite the tables of README.md from the committed result files, so that no figure there is typed.
+
+    python benchmarks/tables.py            rewrite
+    python benchmarks/tables.py --check    exit 1 when README.md differs from what the results say
+
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`; `tables.yaml` says which headline
+figures of `results/NAME.json` it shows and how.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+BLOCK = re.compile(r"(<!-- table: (?P<name>[a-z0-9_]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
+
+
+def render(name: str, layout: dict[str, Any], results: Path) -> str:
+    """The Markdown table of one result file, or a line that says it was not measured."""
+    path = results / f"{name}.json"
+    if not path.is_file():
+        return "*Not measured yet.*\n"
+    result = json.loads(path.read_text("utf-8"))
+    lines = [f"| {layout['title']} | |", "| --- | ---: |"]
+    for label, key, form in layout["rows"]:
+        value = result["headline"].get(key)
+        lines.append(f"| {label} | {'not measured' if value is None else format(value, form)} |")
+    machine = result["machine"]
+    lines.append(f"\n`{result['command']}` on {machine['cpu']}, {machine['cores']} cores, "
+                 f"{result['created'][:10]}, commit {result['git_sha'][:10]}.")
+    return "\n".join(lines) + "\n"
+
+
+def rewrite(text: str, layouts: dict[str, Any], results: Path) -> str:
+    """`text` with every marked table made anew; an unknown table name raises KeyError."""
+    return BLOCK.sub(lambda match: match[1] + render(match["name"], layouts[match["name"]], results) + match[3], text)
+
+
+def main(arguments: list[str]) -> int:
+    """Rewrite or check; returns the exit status."""
+    layouts = yaml.safe_load((HERE / "tables.yaml").read_text("utf-8"))
+    old = README.read_text("utf-8")
+    new = rewrite(old, layouts, HERE / "results")
+    if "--check" in arguments:
+        return int(old != new)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
