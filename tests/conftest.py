@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,3 +32,64 @@ def real_data() -> Callable[[str], Path]:
         return root / name
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_text_model(body="bert" | "xlm-roberta", pooling=..., prompts=..., seed=...)`: a directory.
+
+    A random encoder of 32 dimensions in sentence-transformers' layout, so the real loading code runs.
+    """
+    def write(body: str = "bert", pooling: str = "mean", normalise: bool = True, similarity: str = "cosine",
+              prompts: dict[str, str] | None = None, max_tokens: int = 64, seed: int = 0) -> Path:
+        root = tmp_path_factory.mktemp("encoder")
+        _write_tiny_body(root, body, max_tokens, seed)
+        chain = [("base.modules.transformer.Transformer", ""),
+                 ("sentence_transformer.modules.pooling.Pooling", "1_Pooling")]
+        if normalise:
+            chain.append(("base.modules.normalize.Normalize", "2_Normalize"))
+        documents: dict[str, object] = {
+            "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
+                             for i, (kind, path) in enumerate(chain)],
+            "sentence_bert_config.json": {"max_seq_length": max_tokens, "do_lower_case": False},
+            "1_Pooling/config.json": {"embedding_dimension": 32, "pooling_mode": pooling, "include_prompt": True},
+            "2_Normalize/config.json": {},
+            "config_sentence_transformers.json": {"prompts": prompts or {}, "similarity_fn_name": similarity},
+        }
+        for name, document in documents.items():
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).write_text(json.dumps(document))
+        return root
+
+    return write
+
+
+def _write_tiny_body(root: Path, body: str, max_tokens: int, seed: int) -> None:
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(seed)
+    if body == "bert":
+        names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        vocabulary = [*names.values(), *letters, *(f"##{letter}" for letter in letters)]
+        tokenizer = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        model = BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=max_tokens, **sizes))
+    else:
+        names = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>"}
+        vocabulary = [*names.values(), "\u2581", *letters]
+        tokenizer = Tokenizer(models.Unigram([(word, -1.0) for word in vocabulary], unk_id=3))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        model = XLMRobertaModel(XLMRobertaConfig(vocab_size=len(vocabulary), max_position_embeddings=max_tokens + 2,
+                                                 type_vocab_size=1, **sizes))
+    tokenizer.normalizer = normalizers.Lowercase()
+    first, last = names["cls_token"], names["sep_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=[(one, vocabulary.index(one)) for one in (first, last)])
+    for parameter in model.parameters():  # wide enough that texts differ and a wrong position shows
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(root)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_tokens, **names).save_pretrained(root)

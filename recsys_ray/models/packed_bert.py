@@ -1,0 +1,119 @@
+"""BERT and XLM-RoBERTa without padding: texts of a batch lie end to end, attention runs per length.
+
+The texts of a batch are sorted by length, so those of one length are neighbours and form a dense
+(texts, tokens) block: no padding is computed and no mask is needed. Query, key and value are one
+matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+# Above this length the (tokens, tokens) scores of plain attention outgrow the cache and SDPA wins.
+PLAIN_ATTENTION_TOKENS = 512
+
+
+class PackedBert:
+    """The forward pass of a `BertModel`, `RobertaModel` or `XLMRobertaModel` up to the pooled vector."""
+
+    def __init__(self, model: Any, pooling: str, dtype: torch.dtype, device: torch.device) -> None:
+        config = model.config
+        self.pooling, self.device = pooling, device
+        self.heads: int = config.num_attention_heads
+        self.dimension: int = config.hidden_size
+        self._epsilon: float = config.layer_norm_eps
+        # RoBERTa numbers its positions from pad + 1
+        self._first_position = config.pad_token_id + 1 if config.model_type != "bert" else 0
+
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device=device, dtype=dtype).contiguous()
+
+        def pair(module: Any) -> tuple[Tensor, Tensor]:
+            return place(module.weight), place(module.bias)
+
+        embeddings = model.embeddings
+        self._words = place(embeddings.word_embeddings.weight)
+        # every token has type 0, so its vector joins the positions once and for all
+        self._positions = place(embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0])
+        self._first_norm = pair(embeddings.LayerNorm)
+        self._layers = []
+        for layer in model.encoder.layer:
+            own = layer.attention.self
+            fused = (place(torch.cat([own.query.weight, own.key.weight, own.value.weight])),
+                     place(torch.cat([own.query.bias, own.key.bias, own.value.bias])))
+            mixer = layer.attention.output
+            self._layers.append((fused, pair(mixer.dense), pair(mixer.LayerNorm), pair(layer.intermediate.dense),
+                                 pair(layer.output.dense), pair(layer.output.LayerNorm)))
+
+    @torch.inference_mode()
+    def __call__(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
+        """Pooled vectors, float32 (N, D), of N tokenised texts sorted by length."""
+        lengths = [len(one) for one in token_ids]
+        groups = [(sum(1 for _ in same), length) for length, same in groupby(lengths)]
+        ids = torch.from_numpy(np.concatenate(token_ids)).to(self.device, non_blocking=True)
+        positions = torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]))
+        hidden_TD = F.embedding(ids, self._words)
+        hidden_TD = hidden_TD + F.embedding(positions.to(self.device) + self._first_position, self._positions)
+        hidden_TD = self._norm(hidden_TD, self._first_norm)
+        attention = _VarlenAttention(lengths, self.device) if self.device.type == "cuda" else None
+        for qkv, out, attention_norm, up, down, output_norm in self._layers:
+            qkv_T3D = F.linear(hidden_TD, *qkv)
+            mixed_TD = attention(qkv_T3D, self.heads) if attention else _attend(qkv_T3D, groups, self.heads)
+            hidden_TD = self._norm(F.linear(mixed_TD, *out).add_(hidden_TD), attention_norm)
+            inner = F.gelu(F.linear(hidden_TD, *up))
+            hidden_TD = self._norm(F.linear(inner, *down).add_(hidden_TD), output_norm)
+        return self._pool(hidden_TD, groups).cpu().numpy()
+
+    def _norm(self, hidden_TD: Tensor, weight_bias: tuple[Tensor, Tensor]) -> Tensor:
+        return F.layer_norm(hidden_TD, (self.dimension,), *weight_bias, self._epsilon)
+
+    def _pool(self, hidden_TD: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+        pooled, start = [], 0
+        for texts, length in groups:
+            block_NLD = hidden_TD[start:start + texts * length].view(texts, length, -1)
+            pooled.append(block_NLD[:, 0].float() if self.pooling == "cls" else block_NLD.float().mean(dim=1))
+            start += texts * length
+        return torch.cat(pooled)
+
+
+def _attend(qkv_T3D: Tensor, groups: Sequence[tuple[int, int]], heads: int) -> Tensor:
+    """Self-attention inside each text, (T, D), one dense block for all texts of a length."""
+    tokens, width = qkv_T3D.shape[0], qkv_T3D.shape[1] // 3
+    size = width // heads
+    mixed_TD = qkv_T3D.new_empty(tokens, width)
+    start = 0
+    for texts, length in groups:
+        end = start + texts * length
+        query, key, value = qkv_T3D[start:end].view(texts, length, 3, heads, size).permute(2, 0, 3, 1, 4)
+        if length <= PLAIN_ATTENTION_TOKENS:
+            scores = (query * size**-0.5) @ key.transpose(-1, -2)
+            block_NHLd = torch.softmax(scores, dim=-1) @ value
+        else:
+            block_NHLd = F.scaled_dot_product_attention(query, key, value)
+        mixed_TD[start:end].view(texts, length, heads, size).copy_(block_NHLd.transpose(1, 2))
+        start = end
+    return mixed_TD
+
+
+class _VarlenAttention:
+    """The same on a GPU: one kernel over all texts, told where each begins."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.starts = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device=device)
+        self.longest = max(lengths)
+
+    def __call__(self, qkv_T3D: Tensor, heads: int) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        tokens = qkv_T3D.shape[0]
+        query, key, value = qkv_T3D.view(tokens, 3, heads, -1).unbind(1)
+        mixed: Any = varlen_attn(query, key, value, self.starts, self.starts, self.longest, self.longest)
+        return torch.as_tensor(mixed.reshape(tokens, -1))

@@ -1,0 +1,10 @@
+"""From a configuration to a loaded model, importing the heavy libraries only then."""
+
+from __future__ import annotations
+
+from recsys_ray.models.text_encoder import TextEncoder, TextEncoderConfig
+
+
+def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
+    """The text encoder of `config`, its weights in memory; raises `EncoderError` when it cannot be loaded."""
+    return TextEncoder(config)

@@ -1,0 +1,239 @@
+"""Texts -> vectors with any sentence-transformers bi-encoder, fast where it can be.
+
+BERT and XLM-RoBERTa bodies with CLS or mean pooling (MiniLM, E5, BGE and BGE-M3's dense output) run
+packed, without padding, in bf16 where the hardware has it; any other model runs through
+sentence-transformers itself. With cosine similarity every vector has unit length, so that the inner
+product is the similarity whatever the encoder.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+
+from recsys_ray.config import Config
+from recsys_ray.models.sentence_layout import EncoderError, SentenceLayout, find_model, read_layout
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+CPU_TOKEN_BUDGET = 1024     # what a core's cache holds
+GPU_TOKEN_BUDGET = 65_536
+TOKENIZE_TEXTS = 2048       # texts handed to the tokenizer at once: bounds its intermediate memory
+UNLIMITED = 1_000_000       # tokenizers without a limit declare 1e30
+
+Vectors = npt.NDArray[np.float32]
+
+
+class TextEncoderConfig(Config):
+    """Which text encoder, and how it is run."""
+
+    model: str = "minilm"               # "minilm" (package of the `demo` extra), a local path or a hub name
+    max_tokens: int | None = Field(default=None, ge=3)      # None: the model's own limit
+    query_prompt: str | None = None     # None: the model's own prompt
+    document_prompt: str | None = None
+    similarity: Literal["auto", "cosine", "dot"] = "auto"   # auto: what the model declares
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "packed", "sentence_transformers"] = "auto"
+    token_budget: int | None = Field(default=None, ge=1)    # tokens a forward pass; None: by device
+    max_chars: int = Field(default=20_000, ge=1)            # longer texts are cut before the tokenizer sees them
+
+
+class TextEncoder:
+    """A loaded encoder; equal texts get equal vectors within one call."""
+
+    def __init__(self, config: TextEncoderConfig) -> None:
+        self.config = config
+        self.layout = read_layout(find_model(config.model))
+        self.identity: dict[str, Any] = _identity(config, self.layout)
+        self.dimension: int = self.identity["dimension"]
+        self.device = _device(config)
+        self.dtype = _dtype(config, self.device)  # recorded with the vectors, not part of the identity
+        backend = _backend(config, self.layout)
+        self._runner = _Packed(self) if backend == "packed" else _ThroughSentenceTransformers(self)
+
+    def encode_documents(self, texts: Sequence[str]) -> Vectors:
+        """Vectors of N product texts, float32 (N, D)."""
+        return self._encode(texts, self.identity["document_prompt"])
+
+    def encode_queries(self, texts: Sequence[str]) -> Vectors:
+        """Vectors of N queries, float32 (N, D)."""
+        return self._encode(texts, self.identity["query_prompt"])
+
+    def _encode(self, texts: Sequence[str], prompt: str) -> Vectors:
+        if not len(texts):
+            return np.zeros((0, self.dimension), dtype=np.float32)
+        places: dict[str, int] = {}
+        index = np.array([places.setdefault(_prepare(text, self.config.max_chars), len(places)) for text in texts])
+        vectors = self._runner.vectors(list(places), prompt)
+        if self.identity["normalise"]:
+            lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
+            vectors = np.divide(vectors, np.where(lengths > 0, lengths, 1), dtype=np.float32)
+        return np.asarray(vectors[index], dtype=np.float32)
+
+
+def encoder_identity(config: TextEncoderConfig) -> dict[str, Any]:
+    """What decides whether two vectors may be compared, JSON-able, without loading the weights."""
+    return _identity(config, read_layout(find_model(config.model)))
+
+
+def _identity(config: TextEncoderConfig, layout: SentenceLayout) -> dict[str, Any]:
+    similarity = layout.similarity if config.similarity == "auto" else config.similarity
+    if similarity not in ("cosine", "dot"):
+        raise EncoderError(f"{layout.root}: declares similarity {similarity!r}; "
+                           "set encoder.similarity to cosine or dot")
+    return {
+        "weights_sha256": layout.weights_sha256(), "tokenizer_sha256": layout.tokenizer_sha256(),
+        "pooling": layout.pooling, "normalise": layout.normalise or similarity == "cosine", "similarity": similarity,
+        "query_prompt": layout.query_prompt if config.query_prompt is None else config.query_prompt,
+        "document_prompt": layout.document_prompt if config.document_prompt is None else config.document_prompt,
+        "max_tokens": _max_tokens(config, layout), "max_chars": config.max_chars, "dimension": layout.dimension,
+    }
+
+
+def _max_tokens(config: TextEncoderConfig, layout: SentenceLayout) -> int:
+    limit = layout.max_tokens
+    if config.max_tokens is not None and limit is not None and config.max_tokens > limit:
+        raise EncoderError(f"encoder.max_tokens: {config.max_tokens} is more than the {limit} that {layout.root} takes")
+    chosen = config.max_tokens or limit
+    if chosen is None or chosen > UNLIMITED:
+        raise EncoderError(f"{layout.root}: declares no maximum length; set encoder.max_tokens")
+    return chosen
+
+
+def _prepare(text: str, max_chars: int) -> str:
+    """The text cut to `max_chars`; lone surrogates, which no tokenizer takes, become question marks."""
+    return text[:max_chars].encode("utf-8", "replace").decode("utf-8")
+
+
+def _backend(config: TextEncoderConfig, layout: SentenceLayout) -> str:
+    if config.backend == "packed" and layout.not_packed:
+        raise EncoderError(f"encoder.backend: {layout.root} cannot run packed: {layout.not_packed}; "
+                           "use backend=sentence_transformers")
+    if config.backend != "auto":
+        return config.backend
+    if layout.not_packed:
+        log.info("%s runs through sentence-transformers: %s", layout.root, layout.not_packed)
+    return "sentence_transformers" if layout.not_packed else "packed"
+
+
+def _device(config: TextEncoderConfig) -> str:
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise EncoderError("encoder.device: cuda was asked for, but torch finds no GPU here")
+    if config.device != "auto":
+        return config.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(config: TextEncoderConfig, device: str) -> str:
+    import torch
+
+    if config.dtype != "auto":
+        return config.dtype
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    return "bfloat16" if _cpu_has_bf16() else "float32"
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 in hardware; without it bf16 is far slower than fp32."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
+
+
+class _Packed:
+    """Tokenise, sort by length, run `PackedBert` on batches of about `token_budget` tokens."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        import torch
+
+        from recsys_ray.models.packed_bert import PackedBert
+
+        config, layout = encoder.config, encoder.layout
+        default = GPU_TOKEN_BUDGET if encoder.device == "cuda" else CPU_TOKEN_BUDGET
+        self.token_budget = config.token_budget or default
+        self.max_tokens: int = encoder.identity["max_tokens"]
+        self._tokenizer = _tokenizer(layout, self.max_tokens)
+        model = _load_body(layout)
+        self._forward = PackedBert(model, layout.pooling, getattr(torch, encoder.dtype), torch.device(encoder.device))
+
+    def vectors(self, texts: Sequence[str], prompt: str) -> Vectors:
+        token_ids = self._tokenise(texts, prompt)
+        order = np.argsort([-len(one) for one in token_ids], kind="stable")
+        out = np.empty((len(texts), self._forward.dimension), dtype=np.float32)
+        for batch in self._batches(order, token_ids):
+            out[batch] = self._forward([token_ids[place] for place in batch])
+        return out
+
+    def _tokenise(self, texts: Sequence[str], prompt: str) -> list[npt.NDArray[np.int32]]:
+        token_ids = []
+        for start in range(0, len(texts), TOKENIZE_TEXTS):
+            some = [prompt + text for text in texts[start:start + TOKENIZE_TEXTS]]
+            token_ids += [np.array(one.ids, dtype=np.int32) for one in self._tokenizer.encode_batch_fast(some)]
+        return token_ids
+
+    def _batches(self, order: npt.NDArray[np.intp], token_ids: Sequence[npt.NDArray[np.int32]]
+                 ) -> Iterator[npt.NDArray[np.intp]]:
+        start, tokens = 0, 0
+        for end, place in enumerate(order):
+            if end > start and tokens + len(token_ids[place]) > self.token_budget:
+                yield order[start:end]
+                start, tokens = end, 0
+            tokens += len(token_ids[place])
+        yield order[start:]
+
+
+class _ThroughSentenceTransformers:
+    """Any other architecture, as sentence-transformers runs it."""
+
+    def __init__(self, encoder: TextEncoder) -> None:
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        self._model = SentenceTransformer(str(encoder.layout.root), device=encoder.device, local_files_only=True,
+                                          model_kwargs={"dtype": getattr(torch, encoder.dtype)})
+        self._model.max_seq_length = encoder.identity["max_tokens"]
+
+    def vectors(self, texts: Sequence[str], prompt: str) -> Vectors:
+        found = self._model.encode(list(texts), prompt=prompt, show_progress_bar=False, convert_to_tensor=True)
+        vectors: Vectors = found.float().cpu().numpy()
+        return vectors
+
+
+def _tokenizer(layout: SentenceLayout, max_tokens: int) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(layout.transformer), local_files_only=True).backend_tokenizer
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_tokens)
+    return tokenizer
+
+
+def _load_body(layout: SentenceLayout) -> torch.nn.Module:
+    """The transformer with every weight found; a missing one would silently be random."""
+    from transformers import AutoModel
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model, info = AutoModel.from_pretrained(str(layout.transformer), local_files_only=True, output_loading_info=True)
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise EncoderError(f"{layout.transformer}: the weights lack {', '.join(missing[:3])}"
+                           f"{' ...' if len(missing) > 3 else ''}; the file does not belong to this configuration")
+    body: torch.nn.Module = model.eval()
+    return body
