@@ -89,6 +89,10 @@ class Units:
         """Every row a unit of its own."""
         return cls((np.arange(count),))
 
+    def take(self, mask: npt.NDArray[np.bool_]) -> Units:
+        """The units of the masked rows."""
+        return Units.of(*(code[mask] for code in self.codes))
+
     def count(self, mask: npt.NDArray[np.bool_]) -> int:
         """Units among the masked rows; of crossed units, those of the way with fewer."""
         return min(len(np.unique(code[mask])) for code in self.codes)
@@ -171,22 +175,30 @@ def _interval(values_SN: Floats, resampled: Floats, units: Units, config: Resamp
 
 def compare(candidate: Floats, baseline: Floats, units: Units,
             config: Resampling = Resampling()) -> Comparison:
-    """The paired comparison of two systems on the same rows: arrays (N,), or (seeds, N) for several trainings.
+    """The paired comparison of two systems on the same rows: arrays (N,), or (seeds, N) for several trainings."""
+    return compare_columns(np.atleast_2d(candidate)[:, :, None], np.atleast_2d(baseline)[:, :, None], units, config)[0]
+
+
+def compare_columns(candidate: Floats, baseline: Floats, units: Units,
+                    config: Resampling = Resampling()) -> list[Comparison]:
+    """One comparison per column of (N, M) or (seeds, N, M) values: a column is a metric, the draws are shared.
 
     Rows where either is NaN are left out. With several seeds, wins, the permutation test and the
     worst decile look at the mean over the seeds.
     """
-    difference_SN = np.atleast_2d(np.asarray(candidate, np.float64) - np.asarray(baseline, np.float64))
-    means = resampled_means(difference_SN[:, :, None], units, config)[:, 0]
-    interval = _interval(difference_SN, means, units, config)
-    row_means = difference_SN.mean(axis=0)
-    paired = row_means[np.isfinite(row_means)]
-    if not len(paired):
-        return Comparison(interval, 1.0, float("nan"), 0, 0, 0, float("nan"))
-    return Comparison(
-        interval, sign_flip_p(row_means, units, config), _detectable(means, config),
-        wins=int((paired > TIE).sum()), ties=int((np.abs(paired) <= TIE).sum()), losses=int((paired < -TIE).sum()),
-        worst_decile=worst_decile(paired))
+    difference_SNM = _three_axes(np.asarray(candidate, np.float64) - np.asarray(baseline, np.float64), units)
+    means_BM = resampled_means(difference_SNM, units, config)
+    row_NM = difference_SNM.mean(axis=0)
+    p_values = sign_flip_p(row_NM, units, config)
+    return [_comparison(_interval(difference_SNM[:, :, column], means_BM[:, column], units, config),
+                        row_NM[:, column], float(p_values[column]), _detectable(means_BM[:, column], config))
+            for column in range(row_NM.shape[1])]
+
+
+def _comparison(interval: Interval, row_N: Floats, p_value: float, detectable: float) -> Comparison:
+    wins, losses = int((row_N > TIE).sum()), int((row_N < -TIE).sum())
+    ties = int(np.isfinite(row_N).sum()) - wins - losses
+    return Comparison(interval, p_value, detectable, wins, ties, losses, worst_decile(row_N))
 
 
 def _detectable(resampled: Floats, config: Resampling) -> float:
@@ -202,34 +214,33 @@ def worst_decile(values: Floats) -> float:
     return float(defined[: max(1, -(-len(defined) // 10))].mean()) if len(defined) else float("nan")
 
 
-def sign_flip_p(difference: Floats, units: Units, config: Resampling = Resampling()) -> float:
-    """Two-sided p-value of "no difference" when each unit's sign is flipped at random; shape (N,) -> one number.
+def sign_flip_p(difference: Floats, units: Units, config: Resampling = Resampling()) -> Floats:
+    """Two-sided p-values, shape (M,), of "no difference" when each unit's sign is flipped at random; (N,) or (N, M).
 
     Exact for up to 12 units, else (1 + as extreme) / (1 + permutations). Crossed units are flipped
     one way at a time and the larger p-value counts.
     """
-    rows = np.isfinite(difference)
-    filled = np.where(rows, difference, 0.0)
-    return max(_flip_one_way(np.bincount(code, weights=filled).astype(np.float64), config) for code in units.codes)
+    filled = np.nan_to_num(_three_axes(difference, units)[0])
+    p_values = np.stack([_flip_one_way(_by_unit(code, filled), config) for code in units.codes])
+    return np.asarray(p_values.max(axis=0))
 
 
-def _flip_one_way(sums: Floats, config: Resampling) -> float:
-    sums = sums[sums != 0]
-    if not len(sums):
-        return 1.0
-    observed = abs(sums.sum()) * (1 - 1e-12)  # equal up to rounding counts as equally extreme
-    if len(sums) <= EXACT_UNITS:
-        patterns = (np.arange(1 << len(sums))[:, None] >> np.arange(len(sums))) & 1
-        return float((np.abs((2 * patterns - 1) @ sums) >= observed).mean())
+def _flip_one_way(sums_UM: Floats, config: Resampling) -> Floats:
+    units, width = sums_UM.shape
+    total = sums_UM.sum(axis=0)
+    observed = np.abs(total) * (1 - 1e-12)  # what equals it up to rounding counts as equally extreme
+    if units <= EXACT_UNITS:
+        patterns = (np.arange(1 << units)[:, None] >> np.arange(units)) & 1
+        return np.asarray((np.abs(2 * (patterns @ sums_UM) - total) >= observed - TIE * 1e-3).mean(axis=0))
     rng = np.random.default_rng(config.seed)
-    chunk = max(1, CELLS_PER_CHUNK // len(sums))
-    extreme = 0
+    chunk = max(1, CELLS_PER_CHUNK // units)
+    extreme = np.zeros(width)
     for first in range(0, config.permutations, chunk):
         count = min(chunk, config.permutations - first)
-        bits = np.unpackbits(rng.integers(0, 256, size=(count, -(-len(sums) // 8)), dtype=np.uint8), axis=1)
-        flipped = 2 * (bits[:, : len(sums)].astype(np.float64) @ sums) - sums.sum()
-        extreme += int((np.abs(flipped) >= observed).sum())
-    return (1 + extreme) / (1 + config.permutations)
+        drawn = rng.integers(0, 256, size=(count, -(-units // 8)), dtype=np.uint8)
+        bits = np.unpackbits(drawn, axis=1, count=units).astype(np.float64)
+        extreme += (np.abs(2 * (bits @ sums_UM) - total) >= observed - TIE * 1e-3).sum(axis=0)
+    return np.asarray((1 + extreme) / (1 + config.permutations))
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
