@@ -5,7 +5,8 @@ not depend on which retriever found a candidate, nor on how the catalogue is div
 Two methods:
 
 * convex (default): w * dense' + (1 - w) * lexical'. Each score is min-max normalised over its own
-  `window` best candidates: the best has 1, the last of the window 0, and so has everything below.
+  `window` best candidates: the best has 1, the last of the window 0, and what lies below falls by a
+  thousandth of that slope, enough to keep its order and too little to outweigh the other score.
   The lexical minimum is 0, what BM25 gives a text without any query term, while fewer than `window`
   candidates match. A fixed minimum for both (Bruch et al., "An Analysis of Fusion Functions for
   Hybrid Retrieval", TOIS 2023, take -1 for a cosine) leaves the dense scores of a catalogue in a
@@ -29,6 +30,8 @@ from recsys_ray.config import Config
 
 Floats = npt.NDArray[np.floating[Any]]
 Ints = npt.NDArray[np.int64]
+
+BELOW_WINDOW = 1e-3
 
 
 class FusionError(ValueError):
@@ -62,9 +65,10 @@ def fuse(dense: Floats, lexical: Floats, config: FusionConfig) -> npt.NDArray[np
 
 
 def normalised(scores: Floats, window: int) -> Floats:
-    """(score - floor) / (best - floor), at least 0, the floor being the score at rank `window` or the last one.
+    """(score - floor) / (best - floor), the floor being the score at rank `window` or the last one.
 
-    When the window holds one score only, that score gives 1. A NaN becomes 0.
+    What lies below the floor is a small negative number. When the window holds one score only, that
+    score gives 1. A NaN gives 0 or the lowest result, whichever is less.
     """
     known = scores[~np.isnan(scores)]
     if not len(known):
@@ -72,9 +76,10 @@ def normalised(scores: Floats, window: int) -> Floats:
     rank = min(window, len(known))
     floor, best = np.partition(known, len(known) - rank)[len(known) - rank], known.max()
     if best <= floor:
-        return np.where(scores == best, 1.0, 0.0)
-    parts: Floats = np.nan_to_num(np.clip((scores - floor) / (best - floor), 0, None))
-    return parts
+        return np.where(scores >= best, 1.0, 0.0)
+    parts: Floats = (scores - floor) / (best - floor)
+    parts = np.where(parts < 0, BELOW_WINDOW * parts, parts)
+    return np.nan_to_num(parts, nan=min(0.0, float(np.nanmin(parts))))
 
 
 def reciprocal_ranks(scores: Floats, constant: int) -> Floats:
