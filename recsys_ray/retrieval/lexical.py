@@ -56,8 +56,8 @@ class LexicalConfig(Config):
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
-def tokenize(texts: Sequence[str], config: LexicalConfig) -> tuple[list[list[int]], dict[str, int]]:
-    """Term numbers of each text, in reading order, and the number of each term."""
+def tokenize(texts: Sequence[str], config: LexicalConfig) -> tuple[list[list[int]], list[str]]:
+    """Term numbers of each text, in reading order, and the terms they number."""
     import bm25s
     import Stemmer
 
@@ -65,7 +65,7 @@ def tokenize(texts: Sequence[str], config: LexicalConfig) -> tuple[list[list[int
         list(texts), token_pattern=rf"(?u)\b\w{{{config.min_term_chars},{MAX_TERM_CHARS}}}\b",
         stopwords=config.language if config.remove_stop_words else [],
         stemmer=Stemmer.Stemmer(config.language) if config.stem else None, show_progress=False)
-    return tokens.ids, tokens.vocab
+    return tokens.ids, sorted(tokens.vocab, key=tokens.vocab.__getitem__)
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,9 @@ class LexicalStatistics:
 
 def build_postings(texts: Sequence[str], config: LexicalConfig) -> Postings:
     """The postings of N texts; text number i has position i. Empty texts are allowed and match nothing."""
-    token_ids, vocabulary = tokenize(texts, config)
+    token_ids, terms = tokenize(texts, config)
     lengths = np.fromiter(map(len, token_ids), dtype=np.int32, count=len(token_ids))
     flat = np.fromiter(chain.from_iterable(token_ids), dtype=np.int64, count=int(lengths.sum()))
-    terms = sorted(vocabulary, key=vocabulary.__getitem__)
     order = sorted(range(len(terms)), key=terms.__getitem__)  # the tokeniser's own order changes from run to run
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
@@ -165,6 +164,15 @@ def global_statistics(postings: Sequence[Postings], alive: Sequence[Mask | None]
                              merged["texts_sum"].to_numpy().astype(np.int64))
 
 
+def term_weights(texts: Sequence[str], statistics: LexicalStatistics, config: LexicalConfig
+                 ) -> list[npt.NDArray[np.float64]]:
+    """The inverse document frequencies of the different terms of each text that the catalogue knows."""
+    token_ids, terms = tokenize(texts, config)
+    worth, known = _inverse_frequencies(pa.array(terms, pa.string()), statistics, config)
+    different = [np.unique(np.asarray(one, dtype=np.int64)) for one in token_ids]
+    return [worth[one[known[one]]] for one in different]
+
+
 class Bm25Segment:
     """BM25 scores of one segment's texts under the statistics of the whole catalogue."""
 
@@ -176,9 +184,8 @@ class Bm25Segment:
 
     def document_scores(self, query_text: str) -> Floats:
         """The score of every text, shape (N,); 0 where no term of the query occurs."""
-        token_ids, vocabulary = tokenize([query_text], self._config)
-        words = {number: word for word, number in vocabulary.items()}
-        numbers = [self._numbers[words[i]] for i in token_ids[0] if words[i] in self._numbers]
+        token_ids, terms = tokenize([query_text], self._config)
+        numbers = [self._numbers[terms[i]] for i in token_ids[0] if terms[i] in self._numbers]
         if not numbers:
             return np.zeros(self.size, dtype=np.float32)
         scores: Floats = self._engine.get_scores_from_ids(numbers)
@@ -209,22 +216,24 @@ def best_positions(scores: Floats, k: int, allowed: Mask | None = None) -> tuple
 
 def _weights(postings: Postings, statistics: LexicalStatistics, config: LexicalConfig) -> Floats:
     """The score that each posting adds to its text, shape (P,)."""
-    number = pc.index_in(postings.terms, value_set=statistics.terms)
-    known = pc.is_valid(number).to_numpy(zero_copy_only=False)
     # A term without a frequency occurs in deleted rows only: whatever it weighs is never seen.
-    frequencies = np.ones(len(postings.terms), dtype=np.float64)
-    frequencies[known] = statistics.document_frequencies[pc.drop_null(number).to_numpy()]
-    worth = _inverse_frequency(frequencies, max(statistics.documents, 1), config.method).astype(np.float32)
+    worth = _inverse_frequencies(postings.terms, statistics, config)[0].astype(np.float32)
     length = postings.lengths[postings.positions] / (statistics.average_length or 1.0)
     counts = postings.counts.astype(np.float64)
     saturation = counts / (config.k1 * ((1 - config.b) + config.b * length) + counts)
     return (np.repeat(worth, np.diff(postings.offsets)) * saturation).astype(np.float32)
 
 
-def _inverse_frequency(frequencies: npt.NDArray[np.float64], documents: int, method: str) -> npt.NDArray[np.float64]:
-    odds = (documents - frequencies + 0.5) / (frequencies + 0.5)
-    worth: npt.NDArray[np.float64] = np.log(1 + odds) if method == "lucene" else np.log(np.maximum(odds, 1))
-    return worth
+def _inverse_frequencies(terms: pa.StringArray, statistics: LexicalStatistics, config: LexicalConfig
+                         ) -> tuple[npt.NDArray[np.float64], Mask]:
+    """Inverse document frequency of each term, and whether the catalogue knows it."""
+    found = pc.index_in(terms, value_set=statistics.terms)
+    known = pc.is_valid(found).to_numpy(zero_copy_only=False)
+    frequencies = np.ones(len(terms), dtype=np.float64)
+    frequencies[known] = statistics.document_frequencies[pc.drop_null(found).to_numpy()]
+    odds = (statistics.documents - frequencies + 0.5) / (frequencies + 0.5)
+    worth = np.log(1 + odds) if config.method == "lucene" else np.log(np.maximum(odds, 1))
+    return worth, known
 
 
 def _engine(postings: Postings, weights: Floats, config: LexicalConfig) -> Any:

@@ -19,6 +19,7 @@ from recsys_ray.retrieval.lexical import (
     best_positions,
     build_postings,
     global_statistics,
+    term_weights,
 )
 
 TEXTS = [
@@ -162,3 +163,12 @@ def test_statistics_are_not_postings(tmp_path: Path) -> None:
     global_statistics([build_postings(TEXTS, LexicalConfig())]).save(path)
     with pytest.raises(LexicalError, match="offsets"):
         Postings.load(path)
+
+
+def test_term_weights_are_of_different_known_terms() -> None:
+    statistics = global_statistics([build_postings(TEXTS, LexicalConfig())])
+    weights = term_weights(["red shoes red unheard-of", "", "denim"], statistics, LexicalConfig())
+    red, shoe, denim = (np.log(1 + (12 - n + 0.5) / (n + 0.5)) for n in (3, 3, 2))
+    assert sorted(weights[0]) == pytest.approx(sorted([red, shoe]))
+    assert weights[1].tolist() == []
+    assert weights[2] == pytest.approx([denim])
