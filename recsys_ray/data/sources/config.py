@@ -19,6 +19,7 @@ from recsys_ray.config import Config
 TABLES: dict[str, pa.Schema] = {
     "products": schema.RAW_PRODUCT, "reviews": schema.RAW_REVIEW, "queries": schema.QUERY,
     "judgments": schema.JUDGMENT, "interactions": schema.INTERACTION, "images": schema.IMAGE, "tags": schema.TAG,
+    "events": schema.EVENT,
 }
 
 
@@ -115,12 +116,14 @@ class TableSource(_Source):
     judgments: str | None = None
     interactions: str | None = None
     tags: str | None = None
+    events: str | None = None
     product_columns: dict[str, str] = Field(default_factory=dict)
     review_columns: dict[str, str] = Field(default_factory=dict)
     query_columns: dict[str, str] = Field(default_factory=dict)
     judgment_columns: dict[str, str] = Field(default_factory=dict)
     interaction_columns: dict[str, str] = Field(default_factory=dict)
     tag_columns: dict[str, str] = Field(default_factory=dict)
+    event_columns: dict[str, str] = Field(default_factory=dict)
     list_separator: str = Field(default="|", min_length=1)
     time_unit: Literal["ms", "s"] = "ms"
     delimiter: str | None = Field(default=None, min_length=1, max_length=1)  # of CSV; None: tab for .tsv, else comma
@@ -132,7 +135,7 @@ class TableSource(_Source):
         return self
 
     @field_validator("product_columns", "review_columns", "query_columns", "judgment_columns",
-                     "interaction_columns", "tag_columns")
+                     "interaction_columns", "tag_columns", "event_columns")
     @classmethod
     def _known_columns(cls, mapping: dict[str, str], info: object) -> dict[str, str]:
         table = str(getattr(info, "field_name", "")).removesuffix("_columns")
@@ -142,7 +145,7 @@ class TableSource(_Source):
     @staticmethod
     def table_names() -> tuple[str, ...]:
         """The tables a column mapping can describe."""
-        return ("products", "reviews", "queries", "judgments", "interactions", "tags")
+        return ("products", "reviews", "queries", "judgments", "interactions", "tags", "events")
 
     def columns_of(self, table: str) -> dict[str, str]:
         """The mapping, our column -> their column, of one table."""

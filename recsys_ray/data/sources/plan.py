@@ -31,7 +31,7 @@ OPEN_TO_TRUTH = frozenset({"queries", "judgments"})     # evaluation may read wh
 REQUIRED = {                                            # of a mapped table: without these no later stage can work
     "products": ("product_id", "title"), "reviews": ("product_id", "timestamp_ms"), "queries": ("query_id", "query"),
     "judgments": ("query_id", "product_id", "gain"), "interactions": ("user_id", "product_id", "kind"),
-    "tags": ("product_id", "tag"),
+    "tags": ("product_id", "tag"), "events": ("event_id", "kind", "timestamp_ms", "product_id"),
 }
 AMAZON_KEYS = {"products": ("parent_asin", "title"), "reviews": ("user_id", "rating", "timestamp")}
 IMAGE_ROWS = 256        # in one block: with the bytes of the image, rows are large

@@ -61,6 +61,11 @@ def read_tags(source: SourceConfig, *, split_bytes: int = SPLIT_BYTES) -> Datase
     return _read(source, "tags", split_bytes)
 
 
+def read_events(source: SourceConfig, *, split_bytes: int = SPLIT_BYTES) -> Dataset:
+    """EVENT rows with the right types; `recsys_ray.data.events.clean_events` checks what they say."""
+    return _read(source, "events", split_bytes)
+
+
 def _read(source: SourceConfig, table: str, split_bytes: int = SPLIT_BYTES) -> Dataset:
     datasource = PieceDatasource(recipes(source, table), split_bytes)
     # As many blocks as tasks: Ray would cut the output of few tasks into many tiny blocks.

@@ -90,10 +90,11 @@ def _cast_whole(column: pa.ChunkedArray[Any], field: pa.Field[Any]) -> pa.Array[
     number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     try:
         if pa.types.is_null(kind):
-            return pa.nulls(len(column), field.type)
+            return _combined(column, field)
         if pa.types.is_string(field.type) and (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            nul = pc.any(pc.match_substring(column.cast(pa.large_string()), "\x00")).as_py()
-            return None if nul or field.name.endswith("_id") else _combined(column, field)
+            if pc.any(pc.match_substring(column.cast(pa.large_string()), "\x00")).as_py():
+                return None
+            return _combined(_trimmed(column) if field.name.endswith("_id") else column, field)
         if is_time and pa.types.is_timestamp(kind):
             return _combined(column.cast(pa.timestamp("ms", tz=kind.tz), safe=False), field)
         if number and pa.types.is_floating(field.type) and not _any_not_finite(column):
@@ -111,6 +112,14 @@ def _combined(column: pa.ChunkedArray[Any], field: pa.Field[Any]) -> pa.Array[An
     safe = not pa.types.is_floating(field.type)     # a float64 may lose digits as a float32, nothing else may
     whole: pa.Array[Any] = column.cast(field.type, safe=safe).combine_chunks()
     return whole
+
+
+def _trimmed(column: pa.ChunkedArray[Any]) -> pa.ChunkedArray[Any]:
+    """Ids without the space around them; an id of nothing else is null."""
+    bare = pc.utf8_trim_whitespace(column.cast(pa.large_string()))
+    empty = pc.equal(bare, pa.scalar("", pa.large_string()))
+    trimmed: pa.ChunkedArray[Any] = pc.if_else(empty, pa.scalar(None, pa.large_string()), bare)
+    return trimmed
 
 
 def _any_not_finite(column: pa.ChunkedArray[Any]) -> bool:
