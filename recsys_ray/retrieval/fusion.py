@@ -19,7 +19,7 @@ Two methods:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -101,13 +101,13 @@ class TunedWeight:
 
     weight: float                           # chosen on all queries
     out_of_fold: npt.NDArray[np.float64]    # (Q,): each query under the weight chosen without its fold
-    fold_weights: tuple[float, ...]         # the weight each fold was scored with
+    query_weights: npt.NDArray[np.float64]  # (Q,): that weight
     in_sample: float                        # mean under `weight` on the same queries: optimistic
 
     def as_dict(self) -> dict[str, Any]:
         """Weights and means as plain values for JSON."""
-        values = asdict(self)
-        return {**values, "out_of_fold": float(np.nanmean(self.out_of_fold))}
+        return {"weight": self.weight, "out_of_fold": float(np.nanmean(self.out_of_fold)),
+                "fold_weights": sorted(set(self.query_weights.tolist())), "in_sample": self.in_sample}
 
 
 def tune_dense_weight(weights: Sequence[float], values: npt.NDArray[np.float64], *, folds: int = 5,
@@ -126,13 +126,13 @@ def tune_dense_weight(weights: Sequence[float], values: npt.NDArray[np.float64],
         raise FusionError(f"{folds} folds for {queries} queries; take 2 to {queries}")
     fold = np.random.default_rng(seed).permutation(queries) % folds
     out_of_fold = np.full(queries, np.nan)
-    chosen = []
+    query_weights = np.full(queries, np.nan)
     for number in range(folds):
         best = _best_row(values[:, fold != number])
         out_of_fold[fold == number] = values[best, fold == number]
-        chosen.append(float(weights[best]))
+        query_weights[fold == number] = weights[best]
     best = _best_row(values)
-    return TunedWeight(float(weights[best]), out_of_fold, tuple(chosen), float(np.nanmean(values[best])))
+    return TunedWeight(float(weights[best]), out_of_fold, query_weights, float(np.nanmean(values[best])))
 
 
 def _best_row(values: npt.NDArray[np.float64]) -> int:
