@@ -249,8 +249,9 @@ class Staging:
                facts: Mapping[str, Any] | None = None) -> Artifact:
         """Publish the staged files as a new version and point CURRENT at it.
 
-        Files in staging that `files` does not name are deleted. After the directory rename the version
-        is complete; after the replacement of CURRENT readers see it.
+        After the directory rename the version is complete; after the replacement of CURRENT readers see
+        it. Files that `files` does not name are deleted only then: until the version is out, they are
+        what a rerun would continue from.
         """
         manifest = Manifest(
             kind=self.kind, version=self._free_version(), fingerprint=self.fingerprint,
@@ -258,7 +259,6 @@ class Staging:
             config=config.model_dump(mode="json"),
             parents={name: parent.reference for name, parent in (parents or {}).items()},
             facts=dict(facts or {}), files=tuple(sorted(files, key=lambda entry: entry.path)))
-        self._remove_unnamed({entry.path for entry in manifest.files})
         crash_point("before_manifest")
         _replace_text(self.path / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=1, sort_keys=True))
         crash_point("before_publish")
@@ -269,6 +269,7 @@ class Staging:
         crash_point("before_current")
         _replace_text(self.root / CURRENT, manifest.version)
         crash_point("after_current")
+        _remove_unnamed(target, {MANIFEST, *(entry.path for entry in manifest.files)})
         log.info("published %s: %d files, %d rows", manifest.reference, len(manifest.files), manifest.rows())
         return Artifact(target, manifest)
 
@@ -276,11 +277,6 @@ class Staging:
         stamp = f"{datetime.now(UTC):%Y%m%dt%H%M%S}-{self.fingerprint[:8]}"
         taken = {path.name for path in (self.root / "versions").glob(f"{stamp}*")}
         return stamp if stamp not in taken else f"{stamp}-{len(taken)}"
-
-    def _remove_unnamed(self, named: set[str]) -> None:
-        for path in self.path.rglob("*"):
-            if path.is_file() and path.relative_to(self.path).as_posix() not in named:
-                path.unlink()
 
 
 @contextmanager
@@ -330,6 +326,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a small text file so that it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace_text(path, text)
+
+
+def _remove_unnamed(directory: Path, named: set[str]) -> None:
+    for path in sorted(directory.rglob("*"), reverse=True):  # what lies in a directory comes before it
+        if path.is_dir():
+            if not any(path.iterdir()):
+                path.rmdir()
+        elif path.relative_to(directory).as_posix() not in named:
+            path.unlink()
 
 
 def _publish_file(partial: Path, target: Path) -> None:

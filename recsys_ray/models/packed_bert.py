@@ -63,10 +63,8 @@ class PackedBert:
         hidden_TD = F.embedding(ids, self._words)
         hidden_TD = hidden_TD + F.embedding(positions.to(self.device) + self._first_position, self._positions)
         hidden_TD = self._norm(hidden_TD, self._first_norm)
-        attention = _VarlenAttention(lengths, self.device) if self.device.type == "cuda" else None
         for qkv, out, attention_norm, up, down, output_norm in self._layers:
-            qkv_T3D = F.linear(hidden_TD, *qkv)
-            mixed_TD = attention(qkv_T3D, self.heads) if attention else _attend(qkv_T3D, groups, self.heads)
+            mixed_TD = _attend(F.linear(hidden_TD, *qkv), groups, self.heads)
             hidden_TD = self._norm(F.linear(mixed_TD, *out).add_(hidden_TD), attention_norm)
             inner = F.gelu(F.linear(hidden_TD, *up))
             hidden_TD = self._norm(F.linear(inner, *down).add_(hidden_TD), output_norm)
@@ -101,19 +99,3 @@ def _attend(qkv_T3D: Tensor, groups: Sequence[tuple[int, int]], heads: int) -> T
         mixed_TD[start:end].view(texts, length, heads, size).copy_(block_NHLd.transpose(1, 2))
         start = end
     return mixed_TD
-
-
-class _VarlenAttention:
-    """The same on a GPU: one kernel over all texts, told where each begins."""
-
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.starts = torch.tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32, device=device)
-        self.longest = max(lengths)
-
-    def __call__(self, qkv_T3D: Tensor, heads: int) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        tokens = qkv_T3D.shape[0]
-        query, key, value = qkv_T3D.view(tokens, 3, heads, -1).unbind(1)
-        mixed: Any = varlen_attn(query, key, value, self.starts, self.starts, self.longest, self.longest)
-        return torch.as_tensor(mixed.reshape(tokens, -1))
