@@ -40,6 +40,21 @@ def test_long_texts_take_the_other_attention(tiny_text_model: Writer, monkeypatc
     np.testing.assert_allclose(encoder.encode_documents(TEXTS), expected(path, TEXTS), atol=2e-5)
 
 
+def test_scores_outside_the_range_of_exp_are_computed_again(tiny_text_model: Writer) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = tiny_text_model(seed=3)
+    weights = load_file(path / "model.safetensors")
+    for name in weights:
+        if "attention.self.query.weight" in name:
+            weights[name] = weights[name] * 300
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    encoder = build_text_encoder(TextEncoderConfig(model=str(path), dtype="float32", device="cpu"))
+    found = encoder.encode_documents(TEXTS)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, expected(path, TEXTS), atol=1e-3)
+
+
 def test_bf16_stays_close(tiny_text_model: Writer) -> None:
     path = tiny_text_model()
     half = build_text_encoder(TextEncoderConfig(model=str(path), dtype="bfloat16", device="cpu"))
