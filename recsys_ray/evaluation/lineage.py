@@ -26,7 +26,10 @@ class Node:
 
 
 def lineage(manifests: Iterable[Manifest]) -> list[Node]:
-    """The nodes of the graph in reading order: parents left of their children, ties by reference."""
+    """The nodes of the graph in reading order: parents left of their children.
+
+    Ties by kind, place and fingerprint, not by version, so that a repeated run gives the same order.
+    """
     known = {manifest.reference: manifest for manifest in manifests}
     parents = {reference: sorted(set(manifest.parents.values())) for reference, manifest in known.items()}
     for reference in {parent for of in parents.values() for parent in of} - set(parents):
@@ -40,11 +43,17 @@ def lineage(manifests: Iterable[Manifest]) -> list[Node]:
 
     rows: dict[int, int] = {}
     nodes = []
-    for reference in sorted(parents, key=lambda one: (place(one), one)):
+    for reference in sorted(parents, key=lambda one: (place(one), *_order(one, known.get(one)))):
         row = rows.get(column[reference], 0)
         rows[column[reference]] = row + 1
         nodes.append(Node(reference, column[reference], row, known.get(reference)))
     return nodes
+
+
+def _order(reference: str, manifest: Manifest | None) -> tuple[str, str, str]:
+    if manifest is None:
+        return reference.partition("/")[0], "", reference
+    return manifest.kind, str(manifest.config.get("output", "")), manifest.fingerprint
 
 
 def lineage_table(nodes: Iterable[Node]) -> list[dict[str, Any]]:

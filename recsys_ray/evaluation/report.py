@@ -83,7 +83,7 @@ def write_report(config: ReportConfig) -> Path:
 
 def _others(config: ReportConfig, evaluations: list[Artifact]) -> list[Manifest]:
     """Manifests of the index and of every candidates artefact that the evaluations name and that can be opened."""
-    roots = {("candidates", Path(root)) for one in evaluations for root in one.manifest.config["systems"].values()}
+    roots = {("candidates", Path(root)) for one in evaluations for root in one.manifest.facts["candidates"].values()}
     roots |= {("candidates", config.examples.candidates)} if config.examples else set()
     roots |= {("index", config.index)} if config.index else set()
     siblings = {("embeddings", config.index.parent / "embeddings")} if config.index else set()

@@ -120,7 +120,8 @@ def evaluate(config: EvaluateConfig) -> Artifact:
     artifact = find_artifact(config.output, "evaluation", identity)
     if artifact is None:
         document, tables = _measure(config, systems)
-        artifact = _publish(config, identity, parents, document, tables)
+        roots = {name: str(one.path.parent.parent) for name, one in systems.items()}
+        artifact = _publish(config, identity, parents, document, tables, roots)
     for name in config.required:
         _require(read_evaluation(artifact), name)
     return artifact
@@ -273,11 +274,12 @@ def _per_query(problem: Problem, specs: Sequence[MetricSpec], values: npt.NDArra
 
 
 def _publish(config: EvaluateConfig, identity: str, parents: Mapping[str, Manifest], document: Mapping[str, Any],
-             tables: Mapping[str, pa.Table]) -> Artifact:
+             tables: Mapping[str, pa.Table], roots: Mapping[str, str]) -> Artifact:
     with stage(config.output, "evaluation", identity) as staging:
         files = [staging.write_table(name, table) for name, table in tables.items()]
         write_text(staging.path / METRICS, json.dumps(document, indent=1, allow_nan=False) + "\n")
-        facts = {"name": config.name, "primary": config.primary.name, "counts": document["counts"]}
+        facts = {"name": config.name, "primary": config.primary.name, "counts": document["counts"],
+                 "candidates": dict(roots)}
         return staging.commit([*files, staging.entry(METRICS)], config=config, parents=dict(parents), facts=facts)
 
 

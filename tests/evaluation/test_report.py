@@ -31,9 +31,10 @@ def publish(root: Path, kind: str, tables: dict[str, pa.Table], parents: dict[st
         return staging.commit(files, config=Config(), parents=parents).manifest
 
 
-@pytest.fixture
-def shop(tmp_path: Path) -> Path:
-    """A shop of 60 products, 600 reviews and three systems of falling quality, evaluated."""
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A shop of 60 products, 600 reviews and three systems of rising quality, evaluated; read only."""
+    tmp_path = tmp_path_factory.mktemp("shop")
     rng = np.random.default_rng(0)
     products = [{"row_id": i, "product_id": f"p{i:02d}", "group_id": i, "title": f"Sofa {i} {EVIL if i == 3 else ''}",
                  "brand": "Nord", "price_cents": 1000 + i if i % 4 else None} for i in range(60)]
@@ -172,6 +173,15 @@ def test_lineage_puts_parents_left_of_children_and_keeps_the_unknown():
     assert lineage_svg(nodes).count('class="edge"') == 4
     unknown = next(row for row in lineage_table(nodes) if row["kind"] == "embeddings")
     assert unknown["fingerprint"] is None
+
+
+def test_lineage_keeps_its_order_whatever_the_versions_are_called():
+    def names(first: str, second: str) -> list[str]:
+        made = [manifest("candidates").replace(version=version, config={"output": f"runs/{name}"})
+                for version, name in ((first, "bm25"), (second, "dense"))]
+        return [row["config"] for row in lineage_table(lineage(made))]
+
+    assert names("v1", "v2") == names("v2", "v1")
 
 
 def test_a_plot_takes_its_colours_from_the_page():
