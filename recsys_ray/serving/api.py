@@ -1,0 +1,251 @@
+"""The requests and answers of the HTTP service, and the limits that a request must keep.
+
+A request is parsed from its bytes in one strict step (`parse_search`), so that broken JSON, NaN,
+numbers beyond float, lone surrogates, unknown keys and values out of range all end as one
+`ApiError` with the field's name and never reach the search.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+
+from recsys_ray.config import Config
+from recsys_ray.retrieval.filters import Filters
+from recsys_ray.serving.errors import ApiError, validation_error
+
+Sort = Literal["relevance", "price_asc", "price_desc", "rating"]
+MAX_PRICE = 1e9
+
+
+class Limits(Config):
+    """What a request may ask for."""
+
+    max_query_chars: int = Field(default=1000, ge=1)
+    max_k: int = Field(default=100, ge=1)
+    max_window: int = Field(default=200, ge=1)          # offset + k; also how many candidates are ranked a query
+    max_filter_values: int = Field(default=50, ge=1)
+    max_value_chars: int = Field(default=256, ge=1)     # of one filter value or product id
+    max_body_bytes: int = Field(default=65_536, ge=1024)
+
+    @model_validator(mode="after")
+    def _a_page_fits_the_window(self) -> Self:
+        if self.max_k > self.max_window:
+            raise ValueError(f"max_k {self.max_k} is larger than max_window {self.max_window}; raise max_window")
+        return self
+
+
+def _limits(info: ValidationInfo) -> Limits:
+    limits = (info.context or {}).get("limits")
+    return limits if isinstance(limits, Limits) else Limits()
+
+
+def _query_text(text: str, info: ValidationInfo) -> str:
+    longest = _limits(info).max_query_chars
+    if len(text) > longest:
+        raise ValueError(f"has {len(text)} characters; at most {longest} are allowed")
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    if not text.strip():
+        raise ValueError("is empty")
+    return text
+
+
+def value_text(text: str, limits: Limits) -> str:
+    """`text` if it can name a product, a brand or a category; `ValueError` says what is wrong with it."""
+    if not text.strip():
+        raise ValueError("is empty")
+    if len(text) > limits.max_value_chars:
+        raise ValueError(f"has {len(text)} characters; at most {limits.max_value_chars} are allowed")
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
+    return text
+
+
+def _filter_values(values: list[str], info: ValidationInfo) -> list[str]:
+    limits = _limits(info)
+    if not 1 <= len(values) <= limits.max_filter_values:
+        raise ValueError(f"has {len(values)} values; 1 to {limits.max_filter_values} are allowed")
+    return [value_text(value, limits) for value in values]
+
+
+Values = Annotated[list[str], AfterValidator(_filter_values)]
+Price = Annotated[float, Field(ge=0, le=MAX_PRICE)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class SearchFilters(_Request):
+    """Conditions that every answer meets. A product without a price never meets a price condition."""
+
+    category: Values | None = Field(default=None, description="one of these categories")
+    brand: Values | None = Field(default=None, description="one of these brands")
+    price_min: Price | None = Field(default=None, description="in units of the currency, inclusive")
+    price_max: Price | None = Field(default=None, description="in units of the currency, inclusive")
+
+    @model_validator(mode="after")
+    def _prices_in_order(self) -> Self:
+        if self.price_min is not None and self.price_max is not None and self.price_min > self.price_max:
+            raise ValueError("price_min is larger than price_max")
+        return self
+
+    def to_filters(self) -> Filters:
+        """The same conditions as retrieval knows them: prices in cents."""
+        return Filters(category=_alternatives(self.category), brand=_alternatives(self.brand),
+                       price_min_cents=_cents(self.price_min), price_max_cents=_cents(self.price_max))
+
+
+def _alternatives(values: list[str] | None) -> tuple[str, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _cents(price: float | None) -> int | None:
+    return None if price is None else round(price * 100)
+
+
+class SearchRequest(_Request):
+    """One page of answers to one query."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [
+        {"query": "couch for a small flat", "k": 10},
+        {"query": "face cream", "k": 5, "sort": "price_asc", "filters": {"category": ["beauty"], "price_max": 25.0}}]})
+
+    query: Annotated[str, AfterValidator(_query_text)] = Field(
+        description="the shopper's words", json_schema_extra={"minLength": 1, "maxLength": 1000})
+    k: int = Field(default=10, ge=1, description="answers on the page", json_schema_extra={"maximum": 100})
+    offset: int = Field(default=0, ge=0, description="answers to skip; offset + k is limited",
+                        json_schema_extra={"maximum": 199})
+    sort: Sort = Field(default="relevance", description="order of the most relevant products; a product without a "
+                                                        "price or rating comes last")
+    filters: SearchFilters = SearchFilters()
+
+    @model_validator(mode="after")
+    def _page_within_limits(self, info: ValidationInfo) -> Self:
+        limits = _limits(info)
+        if self.k > limits.max_k:
+            raise ValueError(f"k is {self.k}; at most {limits.max_k} are allowed")
+        if self.offset + self.k > limits.max_window:
+            raise ValueError(f"offset + k is {self.offset + self.k}; at most {limits.max_window} are allowed")
+        return self
+
+
+def parse_search(body: bytes, limits: Limits) -> SearchRequest:
+    """The request in a JSON body; `ApiError` 422 (400 when it is not JSON at all) names the first bad field."""
+    try:
+        return SearchRequest.model_validate_json(body, context={"limits": limits})
+    except ValidationError as error:
+        raise validation_error(error.errors(include_url=False, include_input=False)) from None
+
+
+def check_product_id(product_id: str, limits: Limits) -> str:
+    """`product_id`, or `ApiError` 422."""
+    try:
+        return value_text(product_id, limits)
+    except ValueError as error:
+        raise ApiError(422, "invalid_request", f"product_id {error}", "product_id") from None
+
+
+def check_similar_k(k: int, limits: Limits) -> int:
+    """`k`, or `ApiError` 422."""
+    if not 1 <= k <= limits.max_k:
+        raise ApiError(422, "invalid_request", f"k is out of range; 1 to {limits.max_k} are allowed", "k")
+    return k
+
+
+class Product(BaseModel):
+    """A product as it is shown."""
+
+    product_id: str
+    title: str | None
+    brand: str | None
+    category: str | None
+    price: float | None = Field(description="in units of the currency")
+    rating: float | None = Field(description="mean of the reviews before the cut of the index")
+    num_reviews: int | None
+    image_url: str | None
+
+
+class Hit(Product):
+    """A product in an answer."""
+
+    rank: int = Field(description="1 is the first of all pages")
+    score: float = Field(description="relevance; comparable within one answer only")
+
+
+class FacetCount(BaseModel):
+    """How many candidates have this value."""
+
+    value: str
+    count: int
+
+
+class Facets(BaseModel):
+    """Counts over all candidates: the most relevant products that meet the filters, on any page."""
+
+    category: list[FacetCount]
+    brand: list[FacetCount]
+
+
+class Answer(BaseModel):
+    """What every answer says about how it was made."""
+
+    request_id: str
+    index_version: str
+    shards_answered: int = Field(description="less than shards_total: some products could not be looked at in time")
+    shards_total: int
+    took_ms: dict[str, float] = Field(description="milliseconds per stage")
+
+
+class SearchResponse(Answer):
+    """One page of answers."""
+
+    items: list[Hit]
+    candidates: int = Field(description="products that were ranked; pages end here")
+    facets: Facets
+
+
+class SimilarResponse(Answer):
+    """The products nearest to one product."""
+
+    product_id: str
+    items: list[Hit]
+
+
+class ProductResponse(Answer):
+    """One product."""
+
+    product: Product
+
+
+class ReadyResponse(BaseModel):
+    """Whether every part has loaded what it serves."""
+
+    ready: bool
+    index_version: str
+    shards_ready: int
+    shards_total: int
+    encoder_ready: bool
+    problems: list[str]
+
+
+class ErrorDetail(BaseModel):
+    """Why a request was refused."""
+
+    code: str
+    message: str
+    field: str | None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail
+    request_id: str
+
+
+def error_documents(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The OpenAPI entries of these error statuses."""
+    return {status: {"model": ErrorResponse} for status in statuses}

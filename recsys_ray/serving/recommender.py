@@ -1,0 +1,205 @@
+"""Queries -> answers without Ray or HTTP: what a shard does, what is done with the shards' answers, and
+`Recommender`, which does both in one process.
+
+The service and the offline evaluation share every step: shards search with `Index.search`, their
+hits are merged with `merge_hits` and scored with `score_hits`, whether they lie in one process or many.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from recsys_ray.models.text_encoder import TextEncoder
+from recsys_ray.retrieval.filters import Filters
+from recsys_ray.retrieval.fusion import ranking
+from recsys_ray.retrieval.retriever import RetrieverConfig, clean_query, score_hits
+from recsys_ray.retrieval.segments import Index, IndexMismatch, SegmentHits, merge_hits
+from recsys_ray.serving.api import Hit, Product, SearchRequest, Sort
+from recsys_ray.serving.errors import ApiError
+
+log = logging.getLogger(__name__)
+
+Vector = npt.NDArray[np.float32]
+Row = dict[str, Any]            # one product with the columns of the index's rows
+CARD = ("row_id", "product_id", "title", "brand", "category", "price_cents", "rating_mean", "num_reviews", "image_url")
+
+
+@dataclass(frozen=True)
+class Query:
+    """What every shard is asked."""
+
+    text: str
+    config: RetrieverConfig
+    filters: Filters | None = None
+
+
+@dataclass(frozen=True)
+class ShardAnswer:
+    """A shard's candidates and, in the same order, what is shown of them: both from one version."""
+
+    hits: SegmentHits
+    cards: list[Row]
+
+
+@dataclass(frozen=True)
+class NoVector:
+    """In the place of the vector of a text that could not be encoded."""
+
+    reason: str
+    bad_text: bool      # else it is the encoder's failure, and the same text may succeed later
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A candidate in its place."""
+
+    score: float
+    card: Row
+
+
+def search_query(request: SearchRequest, config: RetrieverConfig) -> Query:
+    """The shards' question for a search request: always the full depth, so that all pages fit together.
+
+    Errors: `ApiError` 422 when nothing of the query is left after cleaning, e.g. of an empty HTML tag.
+    """
+    text = clean_query(request.query)
+    if not text:
+        raise ApiError(422, "invalid_request", "query holds no words", "query")
+    return Query(text, config, request.filters.to_filters())
+
+
+def similar_query(row: Row, k: int, config: RetrieverConfig, *, dense: bool) -> Query:
+    """The shards' question for products like `row`: its own text, by meaning when there is an encoder."""
+    mode = "dense" if dense else "bm25"
+    text = row["text"] if dense else row["lexical_text"]
+    return Query(text or row["title"] or row["product_id"], config.replace(mode=mode, depth=k + 1))
+
+
+def ask_shard(index: Index, query: Query, vector: Vector | None) -> ShardAnswer:
+    """The best candidates among the index's segments, with their cards."""
+    dense = query.config.mode != "bm25"
+    if dense and vector is None:
+        raise ValueError(f"mode {query.config.mode!r} needs the query's vector")
+    hits = index.search(vector[None, :] if dense and vector is not None else None,
+                        [query.text] if query.config.mode != "dense" else None, query.config.depth, query.filters)[0]
+    return ShardAnswer(hits, [_card(index.product(int(row_id))) for row_id in hits.row_ids])
+
+
+def _card(row: Row | None) -> Row:
+    if row is None:
+        raise IndexMismatch("the index found a product that it has no row for; rebuild the index")
+    return {name: row[name] for name in CARD}
+
+
+def rank(answers: Sequence[ShardAnswer], query: Query) -> list[Ranked]:
+    """The candidates of all shards, best first: merged and scored as offline."""
+    merged = merge_hits([answer.hits for answer in answers], query.config.depth)
+    scores = score_hits(merged, query.config)
+    cards = {card["row_id"]: card for answer in answers for card in answer.cards}
+    order = ranking(scores, merged.row_ids, query.config.depth)
+    return [Ranked(float(scores[i]), cards[int(merged.row_ids[i])]) for i in order]
+
+
+def page(ranked: Sequence[Ranked], request: SearchRequest) -> dict[str, Any]:
+    """`items`, `candidates` and `facets` of one page."""
+    in_order = sort_ranked(ranked, request.sort)
+    chosen = in_order[request.offset: request.offset + request.k]
+    return {"items": _hits(chosen, request.offset), "candidates": len(ranked),
+            "facets": {name: facet_counts(ranked, name) for name in ("category", "brand")}}
+
+
+def sort_ranked(ranked: Sequence[Ranked], sort: Sort) -> list[Ranked]:
+    """The candidates in the order of `sort`, equal or missing values by relevance, missing ones last."""
+    if sort == "relevance":
+        return list(ranked)
+    column = "rating_mean" if sort == "rating" else "price_cents"
+    sign = 1 if sort == "price_asc" else -1
+
+    def key(one: Ranked) -> tuple[bool, float]:
+        value = one.card[column]
+        missing = value is None or value != value
+        return missing, 0.0 if missing else sign * float(value)
+
+    return sorted(ranked, key=key)
+
+
+def facet_counts(ranked: Sequence[Ranked], column: str) -> list[dict[str, Any]]:
+    """How many candidates have each value of `column`, most frequent first, equal counts by value."""
+    counts = Counter(one.card[column] for one in ranked if one.card[column])
+    in_order = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    return [{"value": value, "count": count} for value, count in in_order]
+
+
+def similar_hits(ranked: Sequence[Ranked], product_id: str, k: int) -> list[Hit]:
+    """The first `k` candidates other than the product itself."""
+    return _hits([one for one in ranked if one.card["product_id"] != product_id][:k], 0)
+
+
+def to_product(row: Row) -> Product:
+    """A product as it is shown; what is not a finite number is left out."""
+    return Product(**_shown(row))
+
+
+def _hits(ranked: Sequence[Ranked], offset: int) -> list[Hit]:
+    return [Hit(**_shown(one.card), rank=offset + place, score=one.score) for place, one in enumerate(ranked, 1)]
+
+
+def _shown(row: Row) -> dict[str, Any]:
+    cents, rating = row["price_cents"], row["rating_mean"]
+    return {"product_id": row["product_id"], "title": row["title"], "brand": row["brand"], "category": row["category"],
+            "price": None if cents is None else cents / 100, "num_reviews": row["num_reviews"],
+            "rating": None if rating is None or not np.isfinite(rating) else round(float(rating), 3),
+            "image_url": row["image_url"]}
+
+
+def encode_each(encode: Callable[[Sequence[str]], Vector], texts: Sequence[str]) -> list[Vector | NoVector]:
+    """A vector, or why there is none, for each text: one bad text never costs the others theirs.
+
+    The batch is tried as a whole; when that fails, the texts are tried one by one. A `ValueError` or
+    a vector that is not finite is the text's fault.
+    """
+    try:
+        return [vector if np.isfinite(vector).all() else NoVector("its vector is not finite", bad_text=True)
+                for vector in encode(texts)]
+    except Exception as error:
+        if len(texts) > 1:
+            log.warning("a batch of %d texts failed (%s); encoding them one by one", len(texts), type(error).__name__)
+            return [answer for text in texts for answer in encode_each(encode, [text])]
+        log.warning("a text of %d characters cannot be encoded", len(texts[0]), exc_info=True)
+        return [NoVector(type(error).__name__, bad_text=isinstance(error, ValueError))]
+
+
+class Recommender:
+    """The whole service in one process: the same answers as over HTTP, for notebooks, jobs and tests."""
+
+    def __init__(self, index: Index, encoder: TextEncoder | None, config: RetrieverConfig) -> None:
+        if encoder is None and config.mode != "bm25":
+            raise ValueError(f"mode {config.mode!r} needs a text encoder; without one use mode 'bm25'")
+        self.index, self.encoder, self.config = index, encoder, config
+
+    def search(self, request: SearchRequest) -> dict[str, Any]:
+        """`items`, `candidates` and `facets` of one page."""
+        query = search_query(request, self.config)
+        vector = self.encoder.encode_queries([query.text])[0] if self.encoder is not None else None
+        return page(rank([ask_shard(self.index, query, vector)], query), request)
+
+    def product(self, product_id: str) -> Product | None:
+        """One product, or None when the index has none of that id."""
+        row = self.index.product(product_id)
+        return None if row is None else to_product(row)
+
+    def similar(self, product_id: str, k: int) -> list[Hit]:
+        """The `k` products nearest to a product; `KeyError` when the index has none of that id."""
+        row = self.index.product(product_id)
+        if row is None:
+            raise KeyError(product_id)
+        query = similar_query(row, k, self.config, dense=self.encoder is not None)
+        vector = self.encoder.encode_documents([query.text])[0] if self.encoder is not None else None
+        return similar_hits(rank([ask_shard(self.index, query, vector)], query), product_id, k)

@@ -1,0 +1,157 @@
+"""Answers without HTTP: the offline retriever's order, pages, sorting, facets, filters, similar products."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_shop import LIMITS, RETRIEVER, SEGMENTS, WordEncoder, body, catalogue
+
+from recsys_ray.retrieval.filters import Filters
+from recsys_ray.retrieval.retriever import Retriever
+from recsys_ray.retrieval.segments import open_index
+from recsys_ray.serving.api import SearchRequest, parse_search
+from recsys_ray.serving.errors import ApiError
+from recsys_ray.serving.recommender import NoVector, Recommender, ask_shard, encode_each, rank, search_query
+
+
+@pytest.fixture(scope="module")
+def recommender(small_index: Path) -> Recommender:
+    return Recommender(open_index(small_index, encoder_identity=WordEncoder.identity), WordEncoder(), RETRIEVER)  # type: ignore[arg-type]
+
+
+def request(**fields: object) -> SearchRequest:
+    return parse_search(body(**fields), LIMITS)
+
+
+def ids(found: dict) -> list[str]:  # type: ignore[type-arg]
+    return [hit.product_id for hit in found["items"]]
+
+
+@pytest.mark.parametrize("query", ["red sofa", "green mirror number17", "chair", "<b>blue</b>  lamp"])
+def test_the_answers_are_those_of_the_offline_retriever(recommender: Recommender, query: str) -> None:
+    offline = Retriever(recommender.encoder, recommender.index, RETRIEVER).retrieve(["q"], [query], 20)
+    found = recommender.search(request(query=query, k=20))
+    assert ids(found) == offline["product_id"].to_pylist()
+    assert [hit.score for hit in found["items"]] == pytest.approx(offline["score"].to_pylist(), abs=0)
+
+
+@pytest.mark.parametrize("parts", [[SEGMENTS], [SEGMENTS[:1], SEGMENTS[1:]], [[name] for name in SEGMENTS]])
+def test_any_division_into_shards_gives_the_same_ranking(small_index: Path, parts: list[list[str]]) -> None:
+    query = search_query(request(query="white table", filters={"price_max": 150.0}), RETRIEVER)
+    vector = WordEncoder().encode_queries([query.text])[0]
+    whole = rank([ask_shard(open_index(small_index), query, vector)], query)
+    divided = rank([ask_shard(open_index(small_index, segments=part), query, vector) for part in parts], query)
+    assert [(one.card["row_id"], one.score) for one in divided] == [(one.card["row_id"], one.score) for one in whole]
+    assert len(whole) > 10
+
+
+def test_pages_fit_together_without_gaps_or_repeats(recommender: Recommender) -> None:
+    everything = ids(recommender.search(request(k=50)))
+    pages = [ids(recommender.search(request(k=7, offset=offset))) for offset in range(0, 49, 7)]
+    assert [one for page in pages for one in page] == everything[:49]
+    ranks = [hit.rank for hit in recommender.search(request(k=3, offset=5))["items"]]
+    assert ranks == [6, 7, 8]
+
+
+@pytest.mark.parametrize(("sort", "column", "direction"), [("price_asc", "price", 1), ("price_desc", "price", -1),
+                                                           ("rating", "rating", -1)])
+def test_sorting_puts_what_is_missing_last(recommender: Recommender, sort: str, column: str, direction: int) -> None:
+    found = recommender.search(request(query="chair", k=50, sort=sort, filters={"category": ["seating"]}))
+    values = [getattr(hit, column) for hit in found["items"]]
+    known = [value for value in values if value is not None]
+    assert known == sorted(known, reverse=direction < 0)
+    assert len(set(known)) > 5
+    assert None in values
+    assert values[: len(known)] == known
+
+
+def test_equal_values_keep_the_order_of_relevance(recommender: Recommender) -> None:
+    seating = {"category": ["seating"]}
+    by_relevance = ids(recommender.search(request(query="chair", k=50, filters=seating)))
+    by_price = recommender.search(request(query="chair", k=50, sort="price_asc", filters=seating))["items"]
+    unpriced = [hit.product_id for hit in by_price if hit.price is None]
+    assert len(unpriced) > 1
+    assert unpriced == [one for one in by_relevance if one in unpriced]
+
+
+def test_facets_count_all_candidates_that_meet_the_filters(recommender: Recommender) -> None:
+    found = recommender.search(request(query="red sofa", k=1, filters={"price_max": 60.0}))
+    by_id = {row["product_id"]: row for row in catalogue()}
+    everything = recommender.search(request(query="red sofa", k=50, filters={"price_max": 60.0}))
+    assert len(everything["items"]) == everything["candidates"] == found["candidates"]
+    for column in ("category", "brand"):
+        values = [by_id[one][column] for one in ids(everything)]
+        counts = {entry["value"]: entry["count"] for entry in found["facets"][column]}
+        assert counts == {value: values.count(value) for value in set(values) if value is not None}
+        assert list(counts.values()) == sorted(counts.values(), reverse=True)
+
+
+def test_filters_hold_for_every_answer(recommender: Recommender) -> None:
+    found = recommender.search(request(k=50, filters={"category": ["seating"], "brand": ["Nord"], "price_min": 30,
+                                                      "price_max": 120}))
+    expected = {row["product_id"] for row in catalogue() if row["category"] == "seating" and row["brand"] == "Nord"
+                and row["price_cents"] is not None and 3000 <= row["price_cents"] <= 12000}  # type: ignore[operator]
+    assert set(ids(found)) == expected
+    assert expected
+
+
+def test_prices_are_shown_in_units_of_the_currency(recommender: Recommender) -> None:
+    product = recommender.product("P012")
+    assert product is not None
+    assert product.price == 26.44
+    assert recommender.product("P999") is None
+
+
+def test_similar_products_leave_out_the_product_itself(recommender: Recommender) -> None:
+    hits = recommender.similar("P000", 5)
+    assert len(hits) == 5
+    assert "P000" not in [hit.product_id for hit in hits]
+    vectors = WordEncoder().encode_documents([str(row["text"]) for row in catalogue()])
+    best = np.sort(vectors @ vectors[0])[::-1][1:6]
+    assert [hit.score for hit in hits] == pytest.approx(best.tolist(), abs=1e-6)
+    with pytest.raises(KeyError):
+        recommender.similar("P999", 5)
+
+
+def test_bm25_alone_needs_no_encoder(small_index: Path) -> None:
+    config = RETRIEVER.replace(mode="bm25")
+    alone = Recommender(open_index(small_index), None, config)
+    assert alone.search(request(query="number42", k=1))["items"][0].product_id == "P042"
+    assert alone.similar("P042", 3)
+    with pytest.raises(ValueError, match="needs a text encoder"):
+        Recommender(open_index(small_index), None, RETRIEVER)
+
+
+def test_a_query_without_words_is_refused(recommender: Recommender) -> None:
+    with pytest.raises(ApiError, match="no words"):
+        recommender.search(request(query="<br/>"))
+
+
+def test_one_poisoned_text_does_not_fail_its_batch() -> None:
+    encoder = WordEncoder()
+    answers = encode_each(encoder.encode_queries, ["red sofa", "poison", "lamp"])
+    assert isinstance(answers[1], NoVector)
+    assert answers[1].bad_text
+    for place, text in ((0, "red sofa"), (2, "lamp")):
+        np.testing.assert_array_equal(answers[place], encoder.encode_queries([text])[0])
+
+
+def test_an_encoder_that_fails_is_not_the_texts_fault() -> None:
+    def out_of_memory(texts: object) -> np.ndarray:  # type: ignore[type-arg]
+        raise RuntimeError("out of memory")
+
+    answers = encode_each(out_of_memory, ["a", "b"])
+    assert [isinstance(one, NoVector) and not one.bad_text for one in answers] == [True, True]
+
+
+def test_a_vector_that_is_not_finite_never_reaches_the_index() -> None:
+    answers = encode_each(lambda texts: np.array([[1.0, np.nan], [1.0, 0.0]], np.float32), ["a", "b"])
+    assert isinstance(answers[0], NoVector)
+    assert not isinstance(answers[1], NoVector)
+
+
+def test_the_request_and_retrieval_agree_on_filters() -> None:
+    parsed = request(filters={"category": ["a", "b"], "price_min": 1.5}).filters.to_filters()
+    assert parsed == Filters(category=("a", "b"), price_min_cents=150)
