@@ -1,0 +1,148 @@
+"""Duplicates among products: the same id twice, and near-duplicate texts under different ids.
+
+Near-duplicates by MinHash with banding (Leskovec et al., "Mining of Massive Datasets", chapter 3): two
+products share a band with probability J^r, J the Jaccard similarity of their word sets and r the rows of
+a band. Bands are hash-bucketed, so no step compares all products; two products are near-duplicates when
+they share as many bands as a pair at the threshold shares on average.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field
+
+from recsys_ray.config import Config
+
+Ints = npt.NDArray[np.int64]
+_WORD = re.compile(r"\w+")
+BANDS = pa.schema([pa.field("band", pa.int64()), pa.field("row_id", pa.int64())])
+
+
+class NearDuplicateConfig(Config):
+    """What counts as the same product under another id."""
+
+    threshold: float = Field(default=0.8, gt=0, le=1)   # Jaccard similarity of the word sets
+    bands: int = Field(default=32, ge=1)
+    rows_per_band: int = Field(default=4, ge=1)
+    min_words: int = Field(default=5, ge=1)             # shorter texts say too little to be compared
+    max_bucket: int = Field(default=200, ge=2)          # products that share a band; more are not compared, but counted
+    seed: int = 7
+
+    def shared_bands(self) -> int:
+        """Bands that a pair at the threshold shares on average, rounded."""
+        return max(1, round(self.bands * float(self.threshold) ** self.rows_per_band))
+
+
+def signature_text(product: Mapping[str, Any]) -> str:
+    """What near-duplicates are compared by: title, description, features and ingredients."""
+    parts = [product["title"], product["description"], *(product["features"] or []), product["ingredients"]]
+    return " ".join(part for part in parts if part)
+
+
+def band_keys(texts: Sequence[str], row_ids: Ints, config: NearDuplicateConfig) -> pa.Table:
+    """BANDS rows: `config.bands` for each text of at least `min_words` different words."""
+    from rensa import RMinHash
+
+    width = config.bands * config.rows_per_band
+    signatures, rows = [], []
+    for text, row in zip(texts, row_ids, strict=True):
+        words = set(_WORD.findall(text.lower()))
+        if len(words) < config.min_words:
+            continue
+        minhash = RMinHash(num_perm=width, seed=config.seed)
+        minhash.update(sorted(words))
+        signatures.append(minhash.digest())
+        rows.append(row)
+    if not rows:
+        return BANDS.empty_table()
+    cells = np.asarray(signatures, dtype=np.uint64).reshape(len(rows), config.bands, config.rows_per_band)
+    keys = np.arange(config.bands, dtype=np.uint64)[None, :].repeat(len(rows), axis=0)
+    for column in range(config.rows_per_band):
+        keys = _mix(keys, cells[:, :, column])
+    return pa.table({"band": pa.array((keys.reshape(-1) >> np.uint64(1)).astype(np.int64)),
+                     "row_id": pa.array(np.repeat(np.array(rows, dtype=np.int64), config.bands))}, schema=BANDS)
+
+
+def _mix(state: npt.NDArray[np.uint64], value: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """One step of a 64-bit hash over columns (the finaliser of SplitMix64)."""
+    with np.errstate(over="ignore"):
+        mixed = (state ^ value) + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return mixed ^ (mixed >> np.uint64(31))
+
+
+def pairs_of_bands(bands: pa.Table, max_bucket: int) -> tuple[pa.Table, int]:
+    """(left, right, shared) for products that share bands of this table, and how many bands were too full."""
+    order = np.lexsort((bands["row_id"].to_numpy(), bands["band"].to_numpy()))
+    band, row = bands["band"].to_numpy()[order], bands["row_id"].to_numpy()[order]
+    starts = np.flatnonzero(np.diff(band, prepend=band[:1] - 1)) if len(band) else np.zeros(0, np.int64)
+    sizes = np.diff(starts, append=len(band))
+    left, right = [], []
+    for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
+        if size <= max_bucket:
+            first, second = np.triu_indices(size, 1)
+            left.append(row[start + first])
+            right.append(row[start + second])
+    pairs = pa.table({"left": np.concatenate([*left, np.zeros(0, np.int64)]).astype(np.int64),
+                      "right": np.concatenate([*right, np.zeros(0, np.int64)]).astype(np.int64)})
+    counted = pairs.group_by(["left", "right"]).aggregate([([], "count_all")])
+    return counted.rename_columns(["left", "right", "shared"]), int((sizes > max_bucket).sum())
+
+
+def groups_of_pairs(tables: Iterable[pa.Table], shared_bands: int) -> dict[int, int]:
+    """Group id, the smallest row id of the group, of each product that has a near-duplicate."""
+    counted = pa.concat_tables(list(tables))
+    if not counted.num_rows:
+        return {}
+    total = counted.group_by(["left", "right"]).aggregate([("shared", "sum")])
+    enough = total["shared_sum"].to_numpy() >= shared_bands
+    left, right = total["left"].to_numpy()[enough], total["right"].to_numpy()[enough]
+    if not len(left):
+        return {}
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rows, codes = np.unique(np.concatenate([left, right]), return_inverse=True)
+    first, second = codes[: len(left)], codes[len(left):]
+    graph = coo_array((np.ones(len(first), dtype=np.int8), (first, second)), shape=(len(rows), len(rows)))
+    _, label = connected_components(graph, directed=False)
+    smallest = np.full(label.max() + 1, np.iinfo(np.int64).max)
+    np.minimum.at(smallest, label, rows)
+    return dict(zip(rows.tolist(), smallest[label].tolist(), strict=True))
+
+
+def one_row_per_id(products: pa.Table) -> tuple[pa.Table, pa.Table, int]:
+    """(kept rows by row id, conflicting rows, exact repetitions) of clean products.
+
+    Of rows with one id but other content the one with most text is kept. Errors: `ValueError` when two
+    different product ids have the same row id.
+    """
+    content = [name for name in products.column_names if name != "_source"]
+    best: dict[int, tuple[tuple[int, str], int, str]] = {}
+    conflicts, repeated = [], 0
+    for number, row in enumerate(products.to_pylist()):
+        text = repr([row[name] for name in content])
+        rank = (-len(text), text)
+        held = best.get(row["row_id"])
+        if held is None:
+            best[row["row_id"]] = (rank, number, row["product_id"])
+            continue
+        if held[2] != row["product_id"]:
+            raise ValueError(f"products {held[2]!r} and {row['product_id']!r} have the same row id {row['row_id']}; "
+                             "rename one of them")
+        if held[0] == rank:
+            repeated += 1
+        elif rank < held[0]:
+            conflicts.append(held[1])
+            best[row["row_id"]] = (rank, number, row["product_id"])
+        else:
+            conflicts.append(number)
+    kept = [number for _, (_, number, _) in sorted(best.items())]
+    return products.take(pa.array(kept, pa.int64())), products.take(pa.array(sorted(conflicts), pa.int64())), repeated

@@ -1,0 +1,233 @@
+"""Sources -> clean, joined, split tables with product texts: two streaming passes over Ray.
+
+Pass 1 cleans each block and scatters it by the hash bucket of the product's row id, near-duplicate bands
+by band. Between the passes the driver sees only counts: the cut-offs come from a histogram of hours, the
+near-duplicate groups from the pairs that share bands. Pass 2 finishes one bucket at a time: no step
+holds the ids of all products, and a product with a tenth of all reviews is read block by block.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from pydantic import Field
+
+from recsys_ray import runtime
+from recsys_ray.artifacts import Artifact, FileEntry, Staging, find_artifact, stage, sweep_staging, write_table
+from recsys_ray.config import Config, fingerprint
+from recsys_ray.data.audit import audit_table, merged
+from recsys_ray.data.buckets import Part, gather_all, scatter
+from recsys_ray.data.dedup import (
+    BANDS,
+    NearDuplicateConfig,
+    band_keys,
+    groups_of_pairs,
+    pairs_of_bands,
+    signature_text,
+)
+from recsys_ray.data.finish import BucketJob, BucketResult, TextLimits, finish_bucket
+from recsys_ray.data.preprocess import CleaningConfig, clean_products, clean_reviews
+from recsys_ray.data.product_text import ProductTextConfig
+from recsys_ray.data.sources import SourceConfig, file_states, read_products, read_reviews
+from recsys_ray.data.splits import SplitConfig, find_cuts, hour_histogram
+from recsys_ray.ids import bucket_of
+from recsys_ray.runtime import RayConfig
+
+log = logging.getLogger(__name__)
+
+KIND = "prepared"
+STAGE_VERSION = 1       # raise it when the same inputs would give other tables
+TASK_CPUS = 0.9
+SCRATCH = "scratch"
+
+
+class PrepareConfig(Config):
+    """Where the raw data is and how it is prepared."""
+
+    source: SourceConfig
+    output: Path
+    num_buckets: int = Field(default=16, ge=1, le=4096)     # 256 to 1,024 for 100 million products
+    cleaning: CleaningConfig = CleaningConfig()
+    near_duplicates: NearDuplicateConfig = NearDuplicateConfig()
+    split: SplitConfig = SplitConfig()
+    text: ProductTextConfig = ProductTextConfig()
+    max_reviews_per_product: int = Field(default=50, ge=0)  # that feed the keywords of one product
+    ray: RayConfig = RayConfig()
+
+
+@dataclass(frozen=True)
+class _Scattered:
+    """What pass 1 left: parts of each table, and what the driver has to know of them."""
+
+    products: list[Part]
+    reviews: list[Part]
+    bands: list[Part]
+    quarantine: list[FileEntry]
+    hours: list[dict[int, int]]
+    counts: Counter[tuple[str, str]]
+
+
+def prepare(config: PrepareConfig) -> Artifact:
+    """The "prepared" artefact of a source, reused when neither its files nor the options changed.
+
+    Errors: `SourceError` for input that cannot be read, `LeakError` when a later review fed item text.
+    """
+    tables = ["products", *(["reviews"] if has_reviews(config.source) else [])]
+    options = config.model_dump(mode="json", exclude={"output", "ray"})
+    identity = fingerprint({"options": options, "code": STAGE_VERSION, "files": file_states(config.source, tables)})
+    done = find_artifact(config.output, KIND, identity)
+    if done is not None:
+        log.info("prepared data is up to date: %s", done.manifest.version)
+        return done
+    root = config.output.resolve()
+    with runtime.connected(config.ray), stage(root, KIND, identity) as staging:
+        sweep_staging(root, identity)
+        shutil.rmtree(staging.path / SCRATCH, ignore_errors=True)
+        scattered = _scatter(config, staging, with_reviews=len(tables) > 1)
+        cuts = find_cuts(scattered.hours, config.split)
+        groups, overfull = _near_duplicates(scattered.bands, config)
+        log.info("%d products have a near-duplicate", len(groups))
+        results = _finish(config, staging, scattered, cuts, groups)
+        return _publish(config, staging, scattered, results, cuts, overfull)
+
+
+def has_reviews(source: SourceConfig) -> bool:
+    """Whether the source names a table of reviews."""
+    return getattr(source, "reviews", None) is not None
+
+
+# --- pass 1: clean and scatter --------------------------------------------------------------------
+def _scatter(config: PrepareConfig, staging: Staging, *, with_reviews: bool) -> _Scattered:
+    scratch = staging.path / SCRATCH
+    products = _each_block(read_products(config.source), partial(_scatter_products, config, str(scratch)))
+    reviews = _each_block(read_reviews(config.source), partial(_scatter_reviews, config, str(scratch))) \
+        if with_reviews else []
+    results = [*products, *reviews]
+    return _Scattered(
+        [one["part"] for one in products if one["part"]], [one["part"] for one in reviews if one["part"]],
+        [one["bands"] for one in products if one["bands"]],
+        [entry for one in results for entry in one["quarantine"]],
+        [one["hours"] for one in reviews], merged(one["counts"] for one in results))
+
+
+def _each_block(dataset: ray.data.Dataset, work: Callable[[pa.Table], dict[str, Any]]) -> list[dict[str, Any]]:
+    """`work` on every block in parallel; only what it returns reaches the driver."""
+    task = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(_with_blocks)
+    results: list[dict[str, Any]] = []
+    pending: list[ray.ObjectRef[Any]] = []
+    for bundle in dataset.iter_internal_ref_bundles():
+        pending += [task.remote(work, block) for block in bundle.block_refs]
+        if len(pending) > 32:   # bounds what waits in the object store
+            done, pending = ray.wait(pending, num_returns=len(pending) - 32)
+            results += ray.get(done)
+    return results + ray.get(pending)
+
+
+def _with_blocks(work: Callable[[pa.Table], dict[str, Any]], block: pa.Table) -> dict[str, Any]:
+    return work(block)
+
+
+def _scatter_products(config: PrepareConfig, scratch: str, raw: pa.Table) -> dict[str, Any]:
+    clean, bad = clean_products(raw, config.cleaning)
+    row_ids = clean["row_id"].to_numpy()
+    texts = [signature_text(row) for row in clean.select(
+        ["title", "description", "features", "ingredients"]).to_pylist()]
+    bands = band_keys(texts, row_ids, config.near_duplicates)
+    return {
+        "part": scatter(clean, bucket_of(row_ids, config.num_buckets), Path(scratch) / "products"),
+        "bands": scatter(bands, bucket_of(bands["band"].to_numpy(), config.num_buckets), Path(scratch) / "bands"),
+        "quarantine": _set_aside(bad, scratch),
+        "counts": _row_counts("products", raw.num_rows, bad),
+    }
+
+
+def _scatter_reviews(config: PrepareConfig, scratch: str, raw: pa.Table) -> dict[str, Any]:
+    clean, bad = clean_reviews(raw, config.cleaning)
+    return {
+        "part": scatter(clean, bucket_of(clean["row_id"].to_numpy(), config.num_buckets), Path(scratch) / "reviews"),
+        "hours": hour_histogram(clean["timestamp_ms"].to_numpy()), "quarantine": _set_aside(bad, scratch),
+        "counts": _row_counts("reviews", raw.num_rows, bad),
+    }
+
+
+def _row_counts(table: str, rows: int, bad: pa.Table) -> Counter[tuple[str, str]]:
+    counts = Counter({("rows", f"{table} read"): rows})
+    counts.update(("rows", f"{table} set aside: {reason_kind(reason)}") for reason in bad["reason"].to_pylist())
+    return counts
+
+
+def reason_kind(reason: str) -> str:
+    """A reason without what is particular to one row, for counting."""
+    return reason.partition(":")[0][:60]
+
+
+def _set_aside(bad: pa.Table, scratch: str) -> list[FileEntry]:
+    if not bad.num_rows:
+        return []
+    staging = Path(scratch).parent
+    digest = fingerprint([bad["source"].to_pylist(), bad["key"].to_pylist(), bad["reason"].to_pylist()])
+    return [write_table(staging, f"quarantine/read-{digest}.parquet", bad)]
+
+
+# --- between the passes ---------------------------------------------------------------------------
+def _near_duplicates(parts: list[Part], config: PrepareConfig) -> tuple[dict[int, int], int]:
+    task = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(_band_pairs)
+    shared = ray.put(parts)
+    limit = config.near_duplicates.max_bucket
+    found: list[tuple[pa.Table, int]] = ray.get([task.remote(shared, bucket, limit)
+                                                 for bucket in range(config.num_buckets)])
+    groups = groups_of_pairs([pairs for pairs, _ in found], config.near_duplicates.shared_bands())
+    return groups, sum(overfull for _, overfull in found)
+
+
+def _band_pairs(parts: list[Part], bucket: int, max_bucket: int) -> tuple[pa.Table, int]:
+    return pairs_of_bands(gather_all(parts, bucket, BANDS), max_bucket)
+
+
+# --- pass 2: finish bucket by bucket --------------------------------------------------------------
+def _finish(config: PrepareConfig, staging: Staging, scattered: _Scattered, cuts: tuple[int, int] | None,
+            groups: dict[int, int]) -> list[BucketResult]:
+    limits = TextLimits(config.text, config.max_reviews_per_product)
+    job = ray.put(BucketJob(str(staging.path), scattered.products, scattered.reviews, cuts, groups, limits))
+    task = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(finish_bucket)
+    results: list[BucketResult] = []
+    pending = [task.remote(job, bucket) for bucket in range(config.num_buckets)]
+    while pending:
+        done, pending = ray.wait(pending)
+        results += ray.get(done)
+        if len(results) % max(1, config.num_buckets // 4) == 0:
+            log.info("%d of %d buckets finished", len(results), config.num_buckets)
+    return results
+
+
+def _publish(config: PrepareConfig, staging: Staging, scattered: _Scattered, results: Iterable[BucketResult],
+             cuts: tuple[int, int] | None, overfull: int) -> Artifact:
+    results = list(results)
+    counts = merged([scattered.counts, *(one.counts for one in results)])
+    counts["duplicates", "bands with too many products to compare"] = overfull
+    counts["duplicates", "near-duplicates across splits"] = _across_splits(results)
+    products = counts["rows", "products kept"]
+    notes = {"near-duplicates across splits": "cold products with a near-duplicate that has train reviews"}
+    audit = staging.write_table("audit/audit.parquet", audit_table(counts, products, notes))
+    files = [*scattered.quarantine, *(entry for one in results for entry in one.files), audit]
+    facts = {"num_buckets": config.num_buckets, "template": config.text.template,
+             "cuts": None if cuts is None else {"train_end_ms": cuts[0], "valid_end_ms": cuts[1]},
+             "counts": {f"{section}/{name}": count for (section, name), count in sorted(counts.items())
+                        if section in ("rows", "duplicates", "splits", "leaks")}}
+    return staging.commit(list({entry.path: entry for entry in files}.values()), config=config, facts=facts)
+
+
+def _across_splits(results: Iterable[BucketResult]) -> int:
+    """Cold products whose near-duplicate group has a product that was reviewed in train."""
+    members = [member for one in results for member in one.grouped]
+    warm = {group for group, cold in members if not cold}
+    return sum(1 for group, cold in members if cold and group in warm)

@@ -1,0 +1,82 @@
+"""Conditions on products, applied inside retrieval: which rows of a segment may be answers at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from recsys_ray.config import Config
+
+Mask = npt.NDArray[np.bool_]
+NO_PRICE = -1
+
+
+class Filters(Config):
+    """What every answer must meet; an unknown key is refused. Values of one key are alternatives."""
+
+    category: tuple[str, ...] | None = None
+    brand: tuple[str, ...] | None = None
+    price_min_cents: int | None = Field(default=None, ge=0)     # a product without a price never passes
+    price_max_cents: int | None = Field(default=None, ge=0)
+
+    @model_validator(mode="after")
+    def _prices_in_order(self) -> Self:
+        low, high = self.price_min_cents, self.price_max_cents
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"price_min_cents {low} is larger than price_max_cents {high}")
+        return self
+
+    @property
+    def pass_all(self) -> bool:
+        """Whether no condition was set."""
+        return self == Filters()
+
+
+@dataclass(frozen=True)
+class _Coded:
+    """A string column as numbers: equal strings have equal codes."""
+
+    codes: npt.NDArray[np.int32]
+    numbers: dict[str, int]
+
+    @classmethod
+    def of(cls, column: pa.ChunkedArray[Any]) -> _Coded:
+        coded = column.combine_chunks().dictionary_encode()
+        values = coded.dictionary.to_pylist()
+        codes = coded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)
+        return cls(codes, {value: number for number, value in enumerate(values) if value is not None})
+
+    def one_of(self, values: Sequence[str]) -> Mask:
+        wanted = [self.numbers[value] for value in values if value in self.numbers]
+        return np.isin(self.codes, np.array(wanted, dtype=np.int32))
+
+
+class FilterColumns:
+    """The filterable columns of N rows, ready for many filters."""
+
+    def __init__(self, rows: pa.Table) -> None:
+        self.size = rows.num_rows
+        self._coded = {name: _Coded.of(rows[name]) for name in ("category", "brand")}
+        price = rows["price_cents"].combine_chunks().fill_null(NO_PRICE)
+        self._price_cents = price.to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def mask(self, filters: Filters) -> Mask:
+        """True for the rows that meet every condition, shape (N,)."""
+        mask = np.ones(self.size, dtype=np.bool_)
+        for name, coded in self._coded.items():
+            values = getattr(filters, name)
+            if values is not None:
+                mask &= coded.one_of(values)
+        if filters.price_min_cents is not None or filters.price_max_cents is not None:
+            mask &= self._price_cents != NO_PRICE
+        if filters.price_min_cents is not None:
+            mask &= self._price_cents >= filters.price_min_cents
+        if filters.price_max_cents is not None:
+            mask &= self._price_cents <= filters.price_max_cents
+        return mask

@@ -1,0 +1,235 @@
+"""Segments of an index: immutable rows with their vectors and postings, searched alone or together.
+
+An index is a list of segments under one manifest. Deleted or replaced rows stay in their segment and
+are named by its tombstones. Each segment answers with its best candidates by either retriever and both
+scores of each; merged and cut (`merge_hits`), the answers of any division of the rows are those of one
+big segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys_ray.artifacts import Artifact, FileEntry, file_entry, open_artifact, write_table
+from recsys_ray.ids import row_id as row_id_of
+from recsys_ray.retrieval.filters import FilterColumns, Filters
+from recsys_ray.retrieval.lexical import Bm25Segment, LexicalConfig, LexicalStatistics, Postings, build_postings
+from recsys_ray.retrieval.vector_index import VectorIndex, VectorIndexConfig
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+LEXICON = "lexicon.npz"
+ROWS = pa.schema([
+    pa.field("row_id", pa.int64(), nullable=False), pa.field("product_id", pa.string(), nullable=False),
+    pa.field("title", pa.string()), pa.field("brand", pa.string()), pa.field("category", pa.string()),
+    pa.field("price_cents", pa.int64()), pa.field("rating_mean", pa.float32()), pa.field("num_reviews", pa.int64()),
+    pa.field("image_url", pa.string()), pa.field("text", pa.string()), pa.field("lexical_text", pa.string()),
+    pa.field("row_hash", pa.string(), nullable=False),      # of everything above: decides whether a row is replaced
+])
+
+
+class IndexMismatch(ValueError):  # noqa: N818 - says what is wrong
+    """An index that cannot be used here: another encoder, a damaged file, a segment that is not there."""
+
+
+@dataclass(frozen=True)
+class SegmentHits:
+    """The candidates of one query: C rows with both scores; NaN dense scores when no vector was asked."""
+
+    row_ids: Ints
+    product_ids: list[str]
+    dense_scores: Floats
+    lexical_scores: Floats
+
+
+def segment_files(name: str) -> tuple[str, str, str, str]:
+    """Where a segment keeps its rows, postings, vectors and (unless flat) its FAISS index."""
+    base = f"segments/{name}"
+    return f"{base}/rows.parquet", f"{base}/postings.npz", f"{base}/vectors.npy", f"{base}/vectors.faiss"
+
+
+def tombstones_file(name: str) -> str:
+    """Where the dead positions of a segment stand."""
+    return f"tombstones/{name}.npy"
+
+
+def write_segment(directory: Path, name: str, rows: pa.Table, vectors: Floats, vector: VectorIndexConfig,
+                  lexical: LexicalConfig) -> list[FileEntry]:
+    """Write the segment of N rows (ROWS) and their vectors (N, D) below `directory`; returns its files."""
+    rows_name, postings_name, vectors_name, faiss_name = segment_files(name)
+    entries = [write_table(directory, rows_name, rows)]
+    build_postings(rows["lexical_text"].fill_null("").to_pylist(), lexical).save(directory / postings_name)
+    has_index = VectorIndex.build(vectors, vector).save(directory / vectors_name, directory / faiss_name)
+    names = [postings_name, vectors_name, *([faiss_name] if has_index else [])]
+    return entries + [file_entry(directory, one) for one in names]
+
+
+class Segment:
+    """One opened segment."""
+
+    def __init__(self, artifact: Artifact, name: str, statistics: LexicalStatistics) -> None:
+        facts = artifact.manifest.facts
+        rows_name, postings_name, vectors_name, faiss_name = segment_files(name)
+        self.name = name
+        self.rows = artifact.table(rows_name)
+        self.row_ids: Ints = self.rows["row_id"].to_numpy()
+        self.product_ids: list[str] = self.rows["product_id"].to_pylist()
+        self.alive = _alive(artifact, name, self.rows.num_rows)
+        stored = artifact.names(f"segments/{name}/")
+        self.vectors = VectorIndex.load(VectorIndexConfig.model_validate(facts["vector"]), artifact.file(vectors_name),
+                                        artifact.file(faiss_name) if faiss_name in stored else None)
+        lexical = LexicalConfig.model_validate(facts["lexical"])
+        self.lexical = Bm25Segment(Postings.load(artifact.file(postings_name)), statistics, lexical)
+        if not self.vectors.size == self.lexical.size == self.rows.num_rows:
+            raise IndexMismatch(f"{artifact.path}/segments/{name}: {self.rows.num_rows} rows, {self.vectors.size} "
+                                f"vectors and {self.lexical.size} texts do not belong together; rebuild the index")
+        self._filters = FilterColumns(self.rows)
+        self._places = {int(row): place for place, row in enumerate(self.row_ids) if self.alive[place]}
+
+    def allowed(self, filters: Filters | None) -> Mask:
+        """The live rows that meet the filters, shape (N,)."""
+        return self.alive if filters is None or filters.pass_all else self.alive & self._filters.mask(filters)
+
+    def search(self, vectors: Floats | None, texts: Sequence[str] | None, depth: int,
+               filters: Filters | None) -> list[SegmentHits]:
+        """One answer per query: the `depth` best by either retriever that was asked."""
+        allowed = self.allowed(filters)
+        everything = bool(allowed.all())
+        nearest = None if vectors is None else self.vectors.search(vectors, depth, None if everything else allowed)[1]
+        count = len(vectors) if vectors is not None else len(texts or ())
+        return [self._answer(None if vectors is None else vectors[i], None if nearest is None else nearest[i],
+                             None if texts is None else texts[i], depth, allowed) for i in range(count)]
+
+    def _answer(self, vector: Floats | None, nearest: Ints | None, text: str | None, depth: int,
+                allowed: Mask) -> SegmentHits:
+        scores = None if text is None else self.lexical.document_scores(text)
+        found = [np.zeros(0, np.int64)] if nearest is None else [nearest]
+        if scores is not None:
+            found.append(best_by_score(scores, depth, allowed))
+        places = np.unique(np.concatenate(found))
+        dense = np.full(len(places), np.nan, np.float32) if vector is None else self.vectors.scores(vector, places)
+        lexical = np.zeros(len(places), np.float32) if scores is None else scores[places]
+        return SegmentHits(self.row_ids[places], [self.product_ids[place] for place in places], dense, lexical)
+
+    def product(self, row_id: int) -> dict[str, Any] | None:
+        """The row of a live product, or None."""
+        place = self._places.get(row_id)
+        return None if place is None else {name: self.rows[name][place].as_py() for name in self.rows.column_names}
+
+
+def best_by_score(scores: Floats, depth: int, allowed: Mask) -> Ints:
+    """The positions of the `depth` best allowed rows with a positive score."""
+    from recsys_ray.retrieval.lexical import best_positions
+
+    return best_positions(scores, depth, allowed)[1]
+
+
+def merge_hits(answers: Sequence[SegmentHits], depth: int) -> SegmentHits:
+    """The candidates that one index of all rows would give: the `depth` best by either score, by row id."""
+    row_ids = np.concatenate([one.row_ids for one in answers]) if answers else np.zeros(0, np.int64)
+    product_ids = [product for one in answers for product in one.product_ids]
+    dense = np.concatenate([one.dense_scores for one in answers]) if answers else np.zeros(0, np.float32)
+    lexical = np.concatenate([one.lexical_scores for one in answers]) if answers else np.zeros(0, np.float32)
+    by_dense = np.lexsort((row_ids, -dense))
+    by_lexical = np.lexsort((row_ids, -lexical))
+    kept = np.union1d(by_dense[~np.isnan(dense[by_dense])][:depth], by_lexical[lexical[by_lexical] > 0][:depth])
+    order = kept[np.argsort(row_ids[kept], kind="stable")].astype(np.int64)
+    return SegmentHits(row_ids[order], [product_ids[place] for place in order], dense[order], lexical[order])
+
+
+class Index:
+    """Some or all segments of one version of an index."""
+
+    def __init__(self, artifact: Artifact, segments: Sequence[Segment]) -> None:
+        self.artifact, self.segments = artifact, list(segments)
+
+    @property
+    def version(self) -> str:
+        """The version of the artefact."""
+        return self.artifact.manifest.version
+
+    @property
+    def live_rows(self) -> int:
+        """Rows that can be found."""
+        return sum(int(segment.alive.sum()) for segment in self.segments)
+
+    def search(self, query_vectors: Floats | None, query_texts: Sequence[str] | None, depth: int,
+               filters: Filters | None = None) -> list[SegmentHits]:
+        """One list of candidates per query, merged over the segments; (Q, D) vectors, Q texts, or both."""
+        if query_vectors is None and query_texts is None:
+            raise ValueError("a search needs query vectors, query texts or both")
+        answers = [segment.search(query_vectors, query_texts, depth, filters) for segment in self.segments]
+        return [merge_hits(of_query, depth) for of_query in zip(*answers, strict=True)]
+
+    def product(self, key: int | str) -> dict[str, Any] | None:
+        """The row of a live product by row id or product id, or None."""
+        number = row_id_of(key) if isinstance(key, str) else key
+        rows = (segment.product(number) for segment in self.segments)
+        return next((row for row in rows if row is not None), None)
+
+
+def open_index(root: str | Path, version: str | None = None, encoder_identity: dict[str, Any] | None = None,
+               segments: Sequence[str] | None = None) -> Index:
+    """The current (or the named) index below `root`, whole or only the named segments, every file verified.
+
+    Errors: `ArtifactError` for a file that is missing, damaged or foreign, `IndexMismatch` when its
+    vectors are of another encoder than `encoder_identity`.
+    """
+    artifact = open_artifact(root, "index", version)
+    facts = artifact.manifest.facts
+    if encoder_identity is not None and encoder_identity != facts["encoder"]:
+        different = sorted(key for key in {*encoder_identity, *facts["encoder"]}
+                           if encoder_identity.get(key) != facts["encoder"].get(key))
+        raise IndexMismatch(f"{artifact.path}: its vectors are of another encoder; different: " + ", ".join(
+            f"{key} ({facts['encoder'].get(key)!r} there, {encoder_identity.get(key)!r} here)" for key in different))
+    unknown = set(segments or ()) - set(facts["segments"])
+    if unknown:
+        raise IndexMismatch(f"{artifact.path}: has no segments {sorted(unknown)}; it has {facts['segments']}")
+    statistics = LexicalStatistics.load(artifact.file(LEXICON))
+    names = facts["segments"] if segments is None else segments
+    return Index(artifact, [Segment(artifact, name, statistics) for name in names])
+
+
+def _alive(artifact: Artifact, name: str, rows: int) -> Mask:
+    alive = np.ones(rows, dtype=np.bool_)
+    if tombstones_file(name) in artifact.names("tombstones/"):
+        alive[np.load(artifact.file(tombstones_file(name)), allow_pickle=False)] = False
+    return alive
+
+
+def live_mask(artifact: Artifact, name: str) -> Mask:
+    """Which rows of a segment are alive, shape (N,)."""
+    rows_name = segment_files(name)[0]
+    rows = next(entry.rows for entry in artifact.manifest.files if entry.path == rows_name)
+    return _alive(artifact, name, rows or 0)
+
+
+def row_hashes(rows: pa.Table) -> pa.Array:
+    """32 hex digits per row over all columns but `row_hash`: equal exactly when the rows are."""
+    import hashlib
+
+    columns = [rows[name].cast(pa.string()).fill_null("\0").to_pylist() for name in ROWS.names if name != "row_hash"]
+    return pa.array([hashlib.blake2b("\x1f".join(row).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+                     for row in zip(*columns, strict=True)], pa.string())
+
+
+def catalogue_rows(products: pa.Table, texts: pa.Table, stats: pa.Table) -> pa.Table:
+    """ROWS sorted by row id, from PRODUCT, PRODUCT_TEXT and PRODUCT_STATS rows of the same products."""
+    texts = texts.select(["row_id", "text", "lexical_text"])
+    joined = products.join(texts, "row_id").join(
+        stats.select(["row_id", "rating_mean", "num_reviews"]), "row_id").sort_by("row_id")
+    images = pc.list_slice(joined["image_urls"], 0, 1)
+    first = [one[0] if one else None for one in images.to_pylist()]
+    columns = {name: joined[name] for name in ROWS.names if name in joined.column_names}
+    rows = pa.table({**columns, "image_url": pa.array(first, pa.string())})
+    return rows.append_column("row_hash", row_hashes(rows)).select(ROWS.names).cast(ROWS)
