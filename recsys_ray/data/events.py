@@ -73,7 +73,8 @@ def _with_all_columns(raw: pa.Table) -> pa.Table:
 
 
 def _numbers(column: pa.ChunkedArray[Any], missing: int) -> npt.NDArray[Any]:
-    return column.fill_null(pa.scalar(missing, column.type)).to_numpy()
+    numbers: npt.NDArray[Any] = column.fill_null(pa.scalar(missing, column.type)).to_numpy()
+    return numbers
 
 
 def _equal(column: pa.ChunkedArray[Any], value: str) -> Mask:

@@ -65,7 +65,9 @@ def file_system(path: str, endpoint_url: str | None = None) -> tuple[AbstractFil
         return fsspec.filesystem("file"), os.path.abspath(rest)
     if protocol == "s3":
         endpoint = endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
-        return fsspec.filesystem("s3", client_kwargs={"endpoint_url": endpoint} if endpoint else {}), rest
+        # No cached listings: a file that changes while the process lives must be seen as it is.
+        return fsspec.filesystem("s3", client_kwargs={"endpoint_url": endpoint} if endpoint else {},
+                                 use_listings_cache=False), rest
     if protocol == "hf":
         from huggingface_hub import HfFileSystem
 

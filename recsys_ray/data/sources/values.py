@@ -129,7 +129,8 @@ def _any_not_finite(column: pa.ChunkedArray[Any]) -> bool:
 def _python_values(column: pa.ChunkedArray[Any]) -> Iterable[Any]:
     if pa.types.is_float32(column.type):   # Arrow prints a float32 as it was written (12.99), Python would not
         return (None if one is None else float(one) for one in column.cast(pa.string()).to_pylist())
-    return column.to_pylist()
+    values: list[Any] = column.to_pylist()
+    return values
 
 
 def readable(table: pa.Table) -> tuple[pa.Table, dict[int, str]]:
