@@ -121,6 +121,11 @@ class Segment:
         lexical = np.zeros(len(places), np.float32) if scores is None else scores[places]
         return SegmentHits(self.row_ids[places], [self.product_ids[place] for place in places], dense, lexical)
 
+    def places(self, row_ids: Ints) -> Ints:
+        """The positions of those of the products that live in this segment."""
+        found = [self._places[int(one)] for one in row_ids if int(one) in self._places]
+        return np.array(found, dtype=np.int64)
+
     def product(self, row_id: int) -> dict[str, Any] | None:
         """The row of a live product, or None."""
         place = self._places.get(row_id)
@@ -170,6 +175,14 @@ class Index:
             raise ValueError("a search needs query vectors, query texts or both")
         answers = [segment.search(query_vectors, query_texts, depth, filters) for segment in self.segments]
         return [merge_hits(of_query, depth) for of_query in zip(*answers, strict=True)]
+
+    def products(self, row_ids: Ints, columns: Sequence[str]) -> list[dict[str, Any]]:
+        """The named columns, `row_id` among them, of live products in the order of `row_ids`; else `KeyError`."""
+        found: dict[int, dict[str, Any]] = {}
+        for segment in self.segments:
+            places = segment.places(row_ids)
+            found |= {row["row_id"]: row for row in segment.rows.select(columns).take(pa.array(places)).to_pylist()}
+        return [found[int(one)] for one in row_ids]
 
     def product(self, key: int | str) -> dict[str, Any] | None:
         """The row of a live product by row id or product id, or None."""

@@ -20,7 +20,7 @@ from recsys_ray.models.text_encoder import TextEncoder
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.fusion import ranking
 from recsys_ray.retrieval.retriever import RetrieverConfig, clean_query, score_hits
-from recsys_ray.retrieval.segments import Index, IndexMismatch, SegmentHits, merge_hits
+from recsys_ray.retrieval.segments import Index, SegmentHits, merge_hits
 from recsys_ray.serving.api import Hit, Product, SearchRequest, Sort
 from recsys_ray.serving.errors import ApiError
 
@@ -89,13 +89,7 @@ def ask_shard(index: Index, query: Query, vector: Vector | None) -> ShardAnswer:
         raise ValueError(f"mode {query.config.mode!r} needs the query's vector")
     hits = index.search(vector[None, :] if dense and vector is not None else None,
                         [query.text] if query.config.mode != "dense" else None, query.config.depth, query.filters)[0]
-    return ShardAnswer(hits, [_card(index.product(int(row_id))) for row_id in hits.row_ids])
-
-
-def _card(row: Row | None) -> Row:
-    if row is None:
-        raise IndexMismatch("the index found a product that it has no row for; rebuild the index")
-    return {name: row[name] for name in CARD}
+    return ShardAnswer(hits, index.products(hits.row_ids, CARD))
 
 
 def rank(answers: Sequence[ShardAnswer], query: Query) -> list[Ranked]:

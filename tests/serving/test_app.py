@@ -137,7 +137,8 @@ class RealIndex:
         self.root = root
         self.encoder = build_text_encoder(TextEncoderConfig())
         build_small_index(root, self.encoder, self.encoder.identity)  # type: ignore[arg-type]
-        self.recommender = Recommender(open_index(root, encoder_identity=self.encoder.identity), self.encoder, RETRIEVER)
+        index = open_index(root, encoder_identity=self.encoder.identity)
+        self.recommender = Recommender(index, self.encoder, RETRIEVER)
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,8 @@ def real_index(tmp_path_factory: pytest.TempPathFactory) -> RealIndex:
 
 @pytest.fixture(scope="module")
 def service(local_ray: None, real_index: RealIndex) -> Iterator[httpx.Client]:
-    config = ServeConfig(index=real_index.root, retriever=RETRIEVER, limits=LIMITS, port=free_port(), deadline_ms=10_000)
+    config = ServeConfig(index=real_index.root, retriever=RETRIEVER, limits=LIMITS, port=free_port(),
+                         deadline_ms=10_000)
     with serving(config) as url, httpx.Client(base_url=url, timeout=60) as http:
         yield http
 
@@ -278,7 +280,7 @@ def test_the_job_serves_until_it_is_told_to_stop_and_leaves_nothing(small_index:
         assert children
         job.send_signal(signal.SIGTERM)
         assert job.wait(60) == 0
-        gone, alive = psutil.wait_procs(children, timeout=20)
+        _, alive = psutil.wait_procs(children, timeout=20)
         assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
     finally:
         if job.poll() is None:

@@ -155,3 +155,12 @@ def test_a_vector_that_is_not_finite_never_reaches_the_index() -> None:
 def test_the_request_and_retrieval_agree_on_filters() -> None:
     parsed = request(filters={"category": ["a", "b"], "price_min": 1.5}).filters.to_filters()
     assert parsed == Filters(category=("a", "b"), price_min_cents=150)
+
+
+def test_cards_come_in_the_order_asked_for_whatever_their_segment(recommender: Recommender) -> None:
+    row_ids = np.concatenate([segment.row_ids[:5] for segment in recommender.index.segments])[::-1]
+    cards = recommender.index.products(row_ids, ["row_id", "product_id"])
+    assert [card["row_id"] for card in cards] == row_ids.tolist()
+    assert cards[3]["product_id"] == recommender.index.product(int(row_ids[3]))["product_id"]  # type: ignore[index]
+    with pytest.raises(KeyError):
+        recommender.index.products(np.array([1]), ["row_id"])
