@@ -279,7 +279,8 @@ def test_the_job_serves_until_it_is_told_to_stop_and_leaves_nothing(small_index:
         children = psutil.Process(job.pid).children(recursive=True)
         assert children
         job.send_signal(signal.SIGTERM)
-        assert job.wait(60) == 0
+        status = job.wait(60)
+        assert status == 0, job.stdout.read().decode()[-3000:] if job.stdout else ""
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
     finally:
