@@ -20,9 +20,10 @@ from recsys_ray.artifacts import Artifact
 from recsys_ray.config import Config
 from recsys_ray.data.demo_shop import DemoShopConfig, make_demo_shop
 from recsys_ray.data.pipeline import PrepareConfig, prepare
-from recsys_ray.retrieval.batch import QuerySource, RetrieveConfig, retrieve_candidates
+from recsys_ray.retrieval.batch import RetrieveConfig, retrieve_candidates
 from recsys_ray.retrieval.embed import EmbedConfig, embed_products
 from recsys_ray.retrieval.index_build import BuildIndexConfig, build_index
+from recsys_ray.retrieval.query_sets import QuerySource
 from recsys_ray.retrieval.retriever import RetrieverConfig
 from recsys_ray.runtime import RayConfig, connected
 

@@ -238,9 +238,11 @@ def row_hashes(rows: pa.Table) -> pa.Array:
 
 def catalogue_rows(products: pa.Table, texts: pa.Table, stats: pa.Table) -> pa.Table:
     """ROWS sorted by row id, from PRODUCT, PRODUCT_TEXT and PRODUCT_STATS rows of the same products."""
-    texts = texts.select(["row_id", "text", "lexical_text"])
-    joined = products.join(texts, "row_id").join(
-        stats.select(["row_id", "rating_mean", "num_reviews"]), "row_id").sort_by("row_id")
+    joined = products.sort_by("row_id")
+    for other, names in ((texts, ("text", "lexical_text")), (stats, ("rating_mean", "num_reviews"))):
+        places = pc.index_in(joined["row_id"], value_set=other["row_id"].combine_chunks())
+        for name in names:
+            joined = joined.append_column(name, other[name].take(places))
     images = pc.list_slice(joined["image_urls"], 0, 1)
     first = [one[0] if one else None for one in images.to_pylist()]
     columns = {name: joined[name] for name in ROWS.names if name in joined.column_names}
