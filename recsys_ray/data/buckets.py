@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 Ints = npt.NDArray[np.int64]
+GATHERED_ROWS = 32_768      # what one step of a bucket holds, whatever the bucket's size
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,18 @@ def scatter(rows: pa.Table, bucket: npt.NDArray[np.int32], directory: Path) -> P
 
 
 def gather(parts: Sequence[Part], bucket: int, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of one bucket, block by block."""
+    """The rows of one bucket, some GATHERED_ROWS at a time."""
+    waiting: list[pa.Table] = []
     for part in parts:
         if bucket in part.buckets:
-            file = pq.ParquetFile(part.path)
-            yield file.read_row_group(part.buckets.index(bucket), columns=list(columns) if columns else None)
+            with pq.ParquetFile(part.path) as file:
+                waiting.append(file.read_row_group(part.buckets.index(bucket),
+                                                   columns=list(columns) if columns else None))
+        if sum(table.num_rows for table in waiting) >= GATHERED_ROWS:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
 
 
 def gather_all(parts: Sequence[Part], bucket: int, empty: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
@@ -103,9 +111,9 @@ class ReviewStatistics:
         }
 
 
-def first_per_group(groups: Ints, order_keys: Sequence[str], limit: int) -> Ints:
+def first_per_group(groups: Ints, order_keys: Ints, limit: int) -> Ints:
     """Positions of at most `limit` rows of each group, those with the smallest keys, in order of group and key."""
-    order = np.lexsort((np.array(order_keys, dtype=object).astype(str), groups)) if len(groups) else np.zeros(0, int)
+    order = np.lexsort((order_keys, groups))
     sorted_groups = groups[order]
     starts = np.flatnonzero(np.diff(sorted_groups, prepend=sorted_groups[:1] - 1))
     rank = np.arange(len(order)) - np.repeat(starts, np.diff(starts, append=len(order)))

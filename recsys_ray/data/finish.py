@@ -26,9 +26,13 @@ from recsys_ray.data.keywords import review_keywords
 from recsys_ray.data.preprocess import CLEAN_PRODUCT, quarantine
 from recsys_ray.data.product_text import ProductTextConfig, product_texts
 from recsys_ray.data.splits import SPLITS, check_no_leak, split_names
+from recsys_ray.ids import row_ids
 from recsys_ray.schema import PRODUCT, PRODUCT_STATS, PRODUCT_TEXT, REVIEW, conform
 
 Ints = npt.NDArray[np.int64]
+CHOSEN = pa.schema([pa.field("row_id", pa.int64()), pa.field("order", pa.int64()), pa.field("review_id", pa.string()),
+                    pa.field("text", pa.string())])
+SAID = ("product_id", "variant_id", "user_id", "timestamp_ms", "title", "text")     # equal in an exact repetition
 
 
 @dataclass(frozen=True)
@@ -68,12 +72,11 @@ def finish_bucket(job: BucketJob, bucket: int) -> BucketResult:
     counts: Counts = Counter({("rows", "products kept"): products.num_rows,
                               ("rows", "products set aside: duplicate id"): conflicts.num_rows,
                               ("duplicates", "products, exact repetitions"): repeated})
-    row_ids = products["row_id"].to_numpy()
     files = []
-    reviews = _Reviews(job, bucket, row_ids)
+    reviews = _Reviews(job, bucket, products["row_id"].to_numpy())
     if job.cuts is not None:
         files += _write_reviews(reviews, staging, name, counts, set_aside)
-    grouped = [(job.groups[row], bool(cold)) for row, cold in zip(row_ids.tolist(), reviews.cold, strict=True)
+    grouped = [(job.groups[row], bool(cold)) for row, cold in zip(reviews.row_ids.tolist(), reviews.cold, strict=True)
                if row in job.groups]
     finished = _finished_products(products, job, reviews)
     texts = product_texts(finished, reviews.keywords(), job.limits.text)
@@ -91,10 +94,10 @@ def finish_bucket(job: BucketJob, bucket: int) -> BucketResult:
 
 
 def _finished_products(products: pa.Table, job: BucketJob, reviews: _Reviews) -> pa.Table:
-    row_ids = products["row_id"].to_pylist()
-    cold = pa.array(reviews.cold) if job.cuts is not None else pa.nulls(len(row_ids), pa.bool_())
-    added = {"variant_ids": pa.array([sorted(reviews.variants.get(row, ())) for row in row_ids], pa.list_(pa.string())),
-             "group_id": pa.array([job.groups.get(row, row) for row in row_ids], pa.int64()), "cold": cold}
+    rows = products["row_id"].to_pylist()
+    cold = pa.array(reviews.cold) if job.cuts is not None else pa.nulls(len(rows), pa.bool_())
+    added = {"variant_ids": pa.array([sorted(reviews.variants.get(row, ())) for row in rows], pa.list_(pa.string())),
+             "group_id": pa.array([job.groups.get(row, row) for row in rows], pa.int64()), "cold": cold}
     for column, values in added.items():
         products = products.append_column(column, values)
     return conform(products, PRODUCT, "products")
@@ -103,14 +106,13 @@ def _finished_products(products: pa.Table, job: BucketJob, reviews: _Reviews) ->
 class _Reviews:
     """The reviews of one bucket: what a first reading of their ids and times tells about its products."""
 
-    def __init__(self, job: BucketJob, bucket: int, row_ids: Ints) -> None:
-        self.job, self.bucket, self.row_ids = job, bucket, row_ids
-        self.stats = ReviewStatistics(row_ids)
+    def __init__(self, job: BucketJob, bucket: int, rows: Ints) -> None:
+        self.job, self.bucket, self.row_ids = job, bucket, rows
+        self.stats = ReviewStatistics(rows)
         self.variants: dict[int, set[str]] = {}
         self.later: set[str] = set()            # ids of valid and test reviews
-        self.cold = np.ones(len(row_ids), dtype=np.bool_)
-        self._chosen = pa.table({"row_id": pa.array([], pa.int64()), "review_id": pa.array([], pa.string()),
-                                 "text": pa.array([], pa.string())})
+        self.cold = np.ones(len(rows), dtype=np.bool_)
+        self._chosen = CHOSEN.empty_table()
         if job.cuts is not None:
             train_end = job.cuts[0]
             for block in gather(job.reviews, bucket, ["row_id", "timestamp_ms"]):
@@ -133,7 +135,8 @@ class _Reviews:
         """Learn from finished reviews: statistics and keywords from train, ids of the others, variants of all."""
         train = pc.equal(reviews["split"], "train").to_numpy(zero_copy_only=False)
         self.later.update(reviews["review_id"].filter(pa.array(~train)).to_pylist())
-        for row, variant in zip(reviews["row_id"].to_pylist(), reviews["variant_id"].to_pylist(), strict=True):
+        variants = reviews.group_by(["row_id", "variant_id"]).aggregate([])
+        for row, variant in zip(variants["row_id"].to_pylist(), variants["variant_id"].to_pylist(), strict=True):
             if variant:
                 self.variants.setdefault(row, set()).add(variant)
         early = reviews.filter(pa.array(train))
@@ -142,9 +145,15 @@ class _Reviews:
             "verified": pc.fill_null(early["verified"], False).to_numpy(zero_copy_only=False).astype(np.float64),
             "chars": pc.fill_null(pc.utf8_length(early["text"]), 0).to_numpy().astype(np.float64),
         }, early["timestamp_ms"].to_numpy())
-        merged = pa.concat_tables([self._chosen, early.select(["row_id", "review_id", "text"])])
+        self._choose(early)
+
+    def _choose(self, early: pa.Table) -> None:
+        """Keep the reviews that feed the texts: the first by the hash of their ids, so any order gives the same."""
+        order = pa.array(row_ids(early["review_id"].to_pylist()))
+        found = early.append_column("order", order).select(CHOSEN.names).cast(CHOSEN)
+        merged = pa.concat_tables([self._chosen, found])
         limit = self.job.limits.reviews_per_product
-        chosen = first_per_group(merged["row_id"].to_numpy(), merged["review_id"].to_pylist(), limit)
+        chosen = first_per_group(merged["row_id"].to_numpy(), merged["order"].to_numpy(), limit)
         self._chosen = merged.take(pa.array(chosen))
 
     def keywords(self) -> dict[int, list[tuple[str, list[str]]]]:
@@ -160,7 +169,7 @@ def _write_reviews(reviews: _Reviews, staging: Path, name: str, counts: Counts,
                    set_aside: list[pa.Table]) -> list[FileEntry]:
     """Write the reviews of one bucket by split, each block a row group sorted by row id."""
     assert reviews.job.cuts is not None
-    seen: set[str] = set()
+    seen: dict[str, int] = {}
     rows = dict.fromkeys(SPLITS, 0)
     paths = {split: staging / f"reviews/{split}/{name}" for split in SPLITS}
     partials = {split: path.with_name(f".{name}.{os.getpid()}.tmp") for split, path in paths.items()}
@@ -174,7 +183,8 @@ def _write_reviews(reviews: _Reviews, staging: Path, name: str, counts: Counts,
         reviews.take_in(finished, places)
         counts.update(review_counts(finished))
         for split in SPLITS:
-            part = finished.filter(pc.equal(finished["split"], split)).sort_by("row_id")
+            part = finished.filter(pc.equal(finished["split"], split)).sort_by(
+                [("row_id", "ascending"), ("timestamp_ms", "ascending"), ("review_id", "ascending")])
             rows[split] += part.num_rows
             if part.num_rows:
                 writers[split].write_table(part)
@@ -184,26 +194,38 @@ def _write_reviews(reviews: _Reviews, staging: Path, name: str, counts: Counts,
     return [file_entry(staging, f"reviews/{split}/{name}", rows[split]) for split in SPLITS]
 
 
-def _finished_reviews(reviews: _Reviews, block: pa.Table, seen: set[str],
+def _finished_reviews(reviews: _Reviews, block: pa.Table, seen: dict[str, int],
                       counts: Counts) -> tuple[pa.Table, Ints, pa.Table]:
     """(REVIEW rows, positions of their products, quarantine) of a block; repeated reviews are left out and counted."""
     assert reviews.job.cuts is not None
-    fresh = []
-    for review in block["review_id"].to_pylist():
-        fresh.append(review not in seen)
-        seen.add(review)
-    mask = np.array(fresh, dtype=np.bool_)
-    counts["duplicates", "reviews, exact repetitions"] += int((~mask).sum())
+    fresh, conflicting = _first_of_their_id(block, seen)
+    counts["duplicates", "reviews, exact repetitions"] += int((~fresh & ~conflicting).sum())
     places, known = reviews.places(block["row_id"].to_numpy())
-    stray = block.filter(pa.array(mask & ~known))
-    counts["rows", "reviews set aside: unknown product"] += stray.num_rows
-    bad = quarantine(stray, "reviews", "review_id", ["unknown product"] * stray.num_rows)
-    kept = block.filter(pa.array(mask & known))
-    places = places[mask & known]
+    bad = []
+    for reason, mask in (("duplicate id", conflicting), ("unknown product", fresh & ~known)):
+        rows = block.filter(pa.array(mask))
+        counts["rows", f"reviews set aside: {reason}"] += rows.num_rows
+        bad.append(quarantine(rows, "reviews", "review_id", [reason] * rows.num_rows))
+    kept = block.filter(pa.array(fresh & known))
+    places = places[fresh & known]
     counts["rows", "reviews kept"] += kept.num_rows
     kept = kept.append_column("split", split_names(kept["timestamp_ms"].to_numpy(), reviews.job.cuts))
     kept = kept.append_column("cold", pa.array(reviews.cold[places]))
-    return conform(kept, REVIEW, "reviews"), places, bad
+    return conform(kept, REVIEW, "reviews"), places, pa.concat_tables(bad)
+
+
+def _first_of_their_id(block: pa.Table, seen: dict[str, int]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which reviews are the first with their id, and which say something else under an id that was seen."""
+    fresh = np.ones(block.num_rows, dtype=np.bool_)
+    conflicting = np.zeros(block.num_rows, dtype=np.bool_)
+    contents = zip(*(block[name].to_pylist() for name in SAID), strict=True)
+    for number, (review, content) in enumerate(zip(block["review_id"].to_pylist(), map(hash, contents), strict=True)):
+        if review in seen:
+            fresh[number] = False
+            conflicting[number] = seen[review] != content
+        else:
+            seen[review] = content
+    return fresh, conflicting
 
 
 def _stats_table(reviews: _Reviews, cuts: tuple[int, int] | None) -> pa.Table:
