@@ -142,6 +142,7 @@ def main(cls: type[AnyConfig], run: Callable[[AnyConfig], object], argv: Sequenc
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="overrides of single keys")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request is no progress
     try:
         config = load_config(cls, args.config, args.overrides)
         if args.print_config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from recsys_ray.evaluation.retrieval import EvaluateConfig, evaluate, read_evalu
 from recsys_ray.evaluation.summary import terminal_summary
 from recsys_ray.flow import FlowConfig, run_flow, stage_clock
 from recsys_ray.runtime import connected
-from recsys_ray.serving.app import ServeConfig, serving, wait_for_signal
+from recsys_ray.serving.app import ServeConfig, serving, until_stopped
 
 log = logging.getLogger(__name__)
+
+WIDTH = 120     # of the tables; a terminal that is wider is used in full
 
 
 class RunShopConfig(Config):
@@ -37,7 +40,7 @@ class RunShopConfig(Config):
 
 def run_shop(config: RunShopConfig) -> Path:
     """Run everything; returns the path of the report."""
-    console = Console()
+    console = Console(width=max(WIDTH, Console().width))
     with connected(config.flow.ray):
         run_flow(config.flow)
         for evaluation in config.evaluations:
@@ -50,7 +53,8 @@ def run_shop(config: RunShopConfig) -> Path:
                 console.print(answers_table(question, ask(url, question, config.answers)))
             if config.stay:
                 console.print(f"Serving at {url} (API documentation: {url}/docs). Stop with Ctrl-C.")
-                wait_for_signal()
+                with until_stopped():
+                    threading.Event().wait()
     console.print(f"Report: {report.resolve().as_uri()}")
     return report
 
@@ -65,7 +69,7 @@ def ask(url: str, question: str, k: int) -> dict[str, Any]:
 
 def answers_table(question: str, answer: dict[str, Any]) -> Table:
     """The items of one answer as a table for the terminal."""
-    table = Table(title=f"“{question}”", title_justify="left", min_width=100)
+    table = Table(title=f"“{question}”", title_justify="left")
     for heading, justify in (("", "right"), ("title", "left"), ("brand", "left"), ("price", "right"),
                              ("rating", "right"), ("score", "right")):
         table.add_column(heading, justify=justify, no_wrap=True, overflow="ellipsis",  # type: ignore[arg-type]

@@ -5,9 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import ray
 
@@ -44,12 +47,9 @@ def connected(config: RayConfig) -> Iterator[None]:
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
-        ray.init(address=address, log_to_driver=config.progress)
-        try:
+        with _session(address=address, log_to_driver=config.progress):
             _configure_data(config)
             yield
-        finally:
-            ray.shutdown()
         return
     with _local_ray(config):
         _configure_data(config)
@@ -62,17 +62,37 @@ def _local_ray(config: RayConfig) -> Iterator[None]:
     temp_dir = tempfile.mkdtemp(prefix="rr-")
     num_cpus = config.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
     try:
-        ray.init(address="local", num_cpus=num_cpus, object_store_memory=config.object_store_mb << 20,
-                 include_dashboard=False, _temp_dir=temp_dir, log_to_driver=config.progress,
-                 logging_level=logging.WARNING)
+        with _session(address="local", num_cpus=num_cpus, object_store_memory=config.object_store_mb << 20,
+                      include_dashboard=False, _temp_dir=temp_dir, log_to_driver=config.progress,
+                      logging_level=logging.WARNING):
+            yield
+    finally:
+        shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+@contextmanager
+def _session(**options: Any) -> Iterator[None]:
+    # ray.init installs a native SIGTERM handler, which prints a crash report and aborts the process 3 s later,
+    # in the midst of whatever it cleans up. Here SIGTERM interrupts as Ctrl-C does, and every `finally` runs.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
+    try:
+        ray.init(**options)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
     finally:
+        if in_main_thread:
+            signal.alarm(0)  # that handler's, if the signal came before it was replaced
         ray.shutdown()
-        shutil.rmtree(temp_dir, ignore_errors=True)
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def _configure_data(config: RayConfig) -> None:
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = config.no_progress_timeout_s
-    context.enable_progress_bars = config.progress
+    # Bars are for people at a terminal; everywhere else the stages log their own progress.
+    context.enable_progress_bars = config.progress and sys.stderr.isatty()
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context.execution_options.preserve_order = False  # tables carry ids; nothing may rely on order
