@@ -22,7 +22,6 @@ from recsys_ray.schema import IMAGE
 Pixels = npt.NDArray[np.float64]        # (side, side, 3), 0 to 255
 SHARD_ROWS = 512
 BRIGHTNESS, SHIFT = 0.15, 0.05          # photographs differ: light, and where the thing lies
-PLAIN = (176, 168, 160)                 # of things whose colour no table names
 WEAVES = {      # material -> how its surface varies: (grain, period in pixels, direction x, direction y, gloss)
     "cotton": (4, 0, 0, 0, 0), "linen": (10, 3, 1, 0, 0), "wool": (18, 0, 0, 0, 0), "denim": (9, 3, 1, 1, 0),
     "silk": (1, 26, 1, 2, 34), "knit": (4, 6, 1, 0, 20), "chiffon": (2, 30, 1, 0, 14), "leather": (3, 40, 1, 1, 44),
@@ -64,8 +63,9 @@ def draw(product: Product, side: int, noise: float, chance: npt.NDArray[np.float
     values = {facet.key: facet.values[value] for facet, value in
               zip(product.department.facets, product.values, strict=True) if value >= 0}
     grain = np.sqrt(12) * (uniforms(seed, f"grain/{product.number}", np.arange(side), 2 * side) - 0.5)
-    cloth = surface(values, side, grain[:, :side])
-    mask = np.zeros((side, side))
+    shades = list(palette().values())       # a book's or a bottle's colour is its maker's
+    plain = shades[sum(product.brand.encode()) % len(shades)]
+    cloth = surface(palette().get(values.get("colour", ""), plain), values, side, grain[:, :side])
     canvas = Image.new("L", (4 * side, 4 * side), 0)
     pen = ImageDraw.Draw(canvas)
     across, down = SHIFT * (chance[0] - 0.5), SHIFT * (chance[1] - 0.5)
@@ -78,9 +78,9 @@ def draw(product: Product, side: int, noise: float, chance: npt.NDArray[np.float
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
-def surface(values: dict[str, str], side: int, grain: npt.NDArray[np.float64]) -> Pixels:
+def surface(colour: tuple[int, int, int], values: dict[str, str], side: int, grain: Pixels) -> Pixels:
     """Colour, pattern and weave all over, before anything is cut out of it."""
-    base = np.array(palette().get(values.get("colour", ""), PLAIN), np.float64)
+    base = np.array(colour, np.float64)
     accent = 255 - base * 0.35 if base.mean() < 128 else base * 0.35
     y, x = np.mgrid[0:side, 0:side] * (80 / side)
     share = pattern(values.get("pattern", "solid"), x, y, grain)[:, :, None]

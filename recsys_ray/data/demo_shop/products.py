@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -188,7 +187,7 @@ def _features(product: Product, roll: Dice) -> list[str]:
 def _description(product: Product, roll: Dice) -> list[str]:
     spoken = phrases()
     said = _said(product, roll, 0.6)
-    sentences = [f"The {product.line} {product.kind.words.catalogue[0].lower()} by {product.brand}."]
+    sentences = [f"{product.line} {product.kind.words.catalogue[0].lower()} by {product.brand}."]
     sentences += [f"Comes in {one[1]} and {two[1]}." for one, two in list(pairwise(said))[::2]]
     sentences += [f"Formulated with {formulary().concerns[at].words.catalogue[-1].lower()} action." for at in product.claims]
     if product.ingredients and roll.chance(0.4):
@@ -208,7 +207,3 @@ def _details(product: Product, roll: Dice, ingredients_share: float) -> dict[str
         details["Is Discontinued By Manufacturer"] = "No"
     return details
 
-
-def ingredient_lists(many: Sequence[Product]) -> list[tuple[str, ...]]:
-    """The ingredient list of each product, empty outside beauty."""
-    return [product.ingredients for product in many]
