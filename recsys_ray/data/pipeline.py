@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import ray
@@ -24,7 +23,7 @@ from pydantic import Field
 from recsys_ray import runtime
 from recsys_ray.artifacts import Artifact, FileEntry, Staging, find_artifact, stage, sweep_staging, write_table
 from recsys_ray.config import Config, fingerprint
-from recsys_ray.data.audit import audit_table, merged
+from recsys_ray.data.audit import Counts, audit_table, merged
 from recsys_ray.data.buckets import Part, gather_all, scatter
 from recsys_ray.data.dedup import (
     BANDS,
@@ -37,7 +36,7 @@ from recsys_ray.data.dedup import (
 from recsys_ray.data.finish import BucketJob, BucketResult, TextLimits, finish_bucket
 from recsys_ray.data.preprocess import CleaningConfig, clean_products, clean_reviews
 from recsys_ray.data.product_text import ProductTextConfig
-from recsys_ray.data.sources import SourceConfig, file_states, read_products, read_reviews
+from recsys_ray.data.sources import SourceConfig, SourceError, file_states, read_products, read_reviews
 from recsys_ray.data.splits import SplitConfig, find_cuts, hour_histogram
 from recsys_ray.ids import bucket_of
 from recsys_ray.runtime import RayConfig
@@ -48,6 +47,7 @@ KIND = "prepared"
 STAGE_VERSION = 1       # raise it when the same inputs would give other tables
 TASK_CPUS = 0.9
 SCRATCH = "scratch"
+SLICE_ROWS = 16_384     # of a block, cleaned and scattered at once
 
 
 class PrepareConfig(Config):
@@ -64,6 +64,16 @@ class PrepareConfig(Config):
     ray: RayConfig = RayConfig()
 
 
+class _Block(Config):
+    """What the driver learns of one block in pass 1."""
+
+    part: Part | None = None
+    bands: Part | None = None
+    quarantine: FileEntry | None = None
+    hours: dict[int, int] = {}
+    counts: tuple[tuple[str, str, int], ...] = ()
+
+
 @dataclass(frozen=True)
 class _Scattered:
     """What pass 1 left: parts of each table, and what the driver has to know of them."""
@@ -73,7 +83,7 @@ class _Scattered:
     bands: list[Part]
     quarantine: list[FileEntry]
     hours: list[dict[int, int]]
-    counts: Counter[tuple[str, str]]
+    counts: Counts
 
 
 def prepare(config: PrepareConfig) -> Artifact:
@@ -93,6 +103,9 @@ def prepare(config: PrepareConfig) -> Artifact:
         sweep_staging(root, identity)
         shutil.rmtree(staging.path / SCRATCH, ignore_errors=True)
         scattered = _scatter(config, staging, with_reviews=len(tables) > 1)
+        if not scattered.products:
+            raise SourceError(f"{config.source.model_dump_json(exclude_none=True)}: not one usable product; "
+                              f"found {_told(scattered.counts)}")
         cuts = find_cuts(scattered.hours, config.split)
         groups, overfull = _near_duplicates(scattered.bands, config)
         log.info("%d products have a near-duplicate", len(groups))
@@ -111,58 +124,62 @@ def _scatter(config: PrepareConfig, staging: Staging, *, with_reviews: bool) -> 
     products = _each_block(read_products(config.source), partial(_scatter_products, config, str(scratch)))
     reviews = _each_block(read_reviews(config.source), partial(_scatter_reviews, config, str(scratch))) \
         if with_reviews else []
-    results = [*products, *reviews]
+    blocks = [*products, *reviews]
     return _Scattered(
-        [one["part"] for one in products if one["part"]], [one["part"] for one in reviews if one["part"]],
-        [one["bands"] for one in products if one["bands"]],
-        [entry for one in results for entry in one["quarantine"]],
-        [one["hours"] for one in reviews], merged(one["counts"] for one in results))
+        _in_order(one.part for one in products), _in_order(one.part for one in reviews),
+        _in_order(one.bands for one in products), [one.quarantine for one in blocks if one.quarantine],
+        [one.hours for one in reviews],
+        merged({(section, name): count for section, name, count in one.counts} for one in blocks))
 
 
-def _each_block(dataset: ray.data.Dataset, work: Callable[[pa.Table], dict[str, Any]]) -> list[dict[str, Any]]:
+def _told(counts: Counts) -> str:
+    return ", ".join(f"{name}: {count}" for (section, name), count in sorted(counts.items()) if section == "rows")
+
+
+def _in_order(parts: Iterable[Part | None]) -> list[Part]:
+    """The parts by name, that is by content: blocks finish in any order, the tables must not tell."""
+    return sorted((part for part in parts if part is not None), key=lambda part: Path(part.path).name)
+
+
+def _each_block(dataset: ray.data.Dataset, work: Callable[[pa.Table], _Block]) -> list[_Block]:
     """`work` on every block in parallel; only what it returns reaches the driver."""
-    task = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(_with_blocks)
-    results: list[dict[str, Any]] = []
-    pending: list[ray.ObjectRef[Any]] = []
-    for bundle in dataset.iter_internal_ref_bundles():
-        pending += [task.remote(work, block) for block in bundle.block_refs]
-        if len(pending) > 32:   # bounds what waits in the object store
-            done, pending = ray.wait(pending, num_returns=len(pending) - 32)
-            results += ray.get(done)
-    return results + ray.get(pending)
+    # A share of a CPU that differs from the reader's keeps Ray from fusing the two: one large gzip file is
+    # read by one task, and its blocks must not wait for that task to clean them.
+    answers = dataset.map_batches(partial(_answer, work), batch_size=None, batch_format="pyarrow",
+                                  num_cpus=TASK_CPUS, zero_copy_batch=True)
+    return [_Block.model_validate_json(row["answer"]) for row in answers.iter_rows()]
 
 
-def _with_blocks(work: Callable[[pa.Table], dict[str, Any]], block: pa.Table) -> dict[str, Any]:
-    return work(block)
+def _answer(work: Callable[[pa.Table], _Block], block: pa.Table) -> pa.Table:
+    answers = [work(block.slice(start, SLICE_ROWS)).model_dump_json()
+               for start in range(0, block.num_rows, SLICE_ROWS)]
+    return pa.table({"answer": pa.array(answers, pa.string())})
 
 
-def _scatter_products(config: PrepareConfig, scratch: str, raw: pa.Table) -> dict[str, Any]:
+def _scatter_products(config: PrepareConfig, scratch: str, raw: pa.Table) -> _Block:
     clean, bad = clean_products(raw, config.cleaning)
     row_ids = clean["row_id"].to_numpy()
     texts = [signature_text(row) for row in clean.select(
         ["title", "description", "features", "ingredients"]).to_pylist()]
     bands = band_keys(texts, row_ids, config.near_duplicates)
-    return {
-        "part": scatter(clean, bucket_of(row_ids, config.num_buckets), Path(scratch) / "products"),
-        "bands": scatter(bands, bucket_of(bands["band"].to_numpy(), config.num_buckets), Path(scratch) / "bands"),
-        "quarantine": _set_aside(bad, scratch),
-        "counts": _row_counts("products", raw.num_rows, bad),
-    }
+    return _Block(
+        part=scatter(clean, bucket_of(row_ids, config.num_buckets), Path(scratch) / "products"),
+        bands=scatter(bands, bucket_of(bands["band"].to_numpy(), config.num_buckets), Path(scratch) / "bands"),
+        quarantine=_set_aside(bad, scratch), counts=_row_counts("products", raw.num_rows, bad))
 
 
-def _scatter_reviews(config: PrepareConfig, scratch: str, raw: pa.Table) -> dict[str, Any]:
+def _scatter_reviews(config: PrepareConfig, scratch: str, raw: pa.Table) -> _Block:
     clean, bad = clean_reviews(raw, config.cleaning)
-    return {
-        "part": scatter(clean, bucket_of(clean["row_id"].to_numpy(), config.num_buckets), Path(scratch) / "reviews"),
-        "hours": hour_histogram(clean["timestamp_ms"].to_numpy()), "quarantine": _set_aside(bad, scratch),
-        "counts": _row_counts("reviews", raw.num_rows, bad),
-    }
+    return _Block(
+        part=scatter(clean, bucket_of(clean["row_id"].to_numpy(), config.num_buckets), Path(scratch) / "reviews"),
+        hours=hour_histogram(clean["timestamp_ms"].to_numpy()), quarantine=_set_aside(bad, scratch),
+        counts=_row_counts("reviews", raw.num_rows, bad))
 
 
-def _row_counts(table: str, rows: int, bad: pa.Table) -> Counter[tuple[str, str]]:
-    counts = Counter({("rows", f"{table} read"): rows})
-    counts.update(("rows", f"{table} set aside: {reason_kind(reason)}") for reason in bad["reason"].to_pylist())
-    return counts
+def _row_counts(table: str, rows: int, bad: pa.Table) -> tuple[tuple[str, str, int], ...]:
+    reasons = Counter(reason_kind(reason) for reason in bad["reason"].to_pylist())
+    return (("rows", f"{table} read", rows),
+            *(("rows", f"{table} set aside: {reason}", count) for reason, count in reasons.items()))
 
 
 def reason_kind(reason: str) -> str:
@@ -170,12 +187,12 @@ def reason_kind(reason: str) -> str:
     return reason.partition(":")[0][:60]
 
 
-def _set_aside(bad: pa.Table, scratch: str) -> list[FileEntry]:
+def _set_aside(bad: pa.Table, scratch: str) -> FileEntry | None:
     if not bad.num_rows:
-        return []
+        return None
     staging = Path(scratch).parent
     digest = fingerprint([bad["source"].to_pylist(), bad["key"].to_pylist(), bad["reason"].to_pylist()])
-    return [write_table(staging, f"quarantine/read-{digest}.parquet", bad)]
+    return write_table(staging, f"quarantine/read-{digest}.parquet", bad)
 
 
 # --- between the passes ---------------------------------------------------------------------------
