@@ -67,6 +67,7 @@ KIND = "embeddings"
 STAGE_VERSION = 1       # raise it when the same inputs would give other vectors
 ACTOR_CPUS = 0.9        # below 1, so that a pool as large as the machine leaves room for other tasks
 ACTOR_RESTARTS = 3      # a row that kills its process must end the run one day
+LOSSES_WITHOUT_PROGRESS = 3
 LOG_EVERY_S = 10.0
 
 
@@ -162,13 +163,11 @@ def _run(config: EmbedConfig, job: _Job, prepared: Artifact, staging: Staging) -
         plan_one.remote(job, bucket, config.unit_rows, config.encoder.max_chars) for bucket in buckets])
     units = plan_units(plans, config.unit_rows)
     reused = sum(plan.carried for plan in plans)
-    with ThreadPoolExecutor() as pool:
-        finished = list(pool.map(lambda unit: _finished(staging.path, unit.name) is not None, units))
-    todo = [unit for unit, done in zip(units, finished, strict=True) if not done]
+    todo = _unfinished(staging.path, units)
     log.info("%d products: %d carried over, %d to embed in %d units, %d units found finished",
              sum(plan.rows for plan in plans), reused, sum(unit.rows for unit in units), len(units),
              len(units) - len(todo))
-    _embed(config, job, todo)
+    _embed_through_losses(config, job, todo)
     files, quarantined = _merge(job, plans, units, staging)
     starts = sum((staging.path / "attempts" / unit.name).stat().st_size for unit in units)
     described = [_sidecar(staging.path, unit.name) for unit in units]
@@ -196,6 +195,33 @@ def _plan_bucket(job: _Job, bucket: str, unit_rows: int, max_chars: int) -> Buck
 
 
 # --- units ----------------------------------------------------------------------------------------
+def _embed_through_losses(config: EmbedConfig, job: _Job, units: Sequence[Unit]) -> None:
+    """Embed `units`; when a node is lost with what it had not yet answered, go on with the units left.
+
+    Ray Data restarts actors, but a block whose node is gone ends its run. Losses without any progress
+    between them are given up after `LOSSES_WITHOUT_PROGRESS`.
+    """
+    losses, left = 0, list(units)
+    while left:
+        try:
+            _embed(config, job, left)
+            return
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError, ray.exceptions.NodeDiedError,
+                ray.exceptions.WorkerCrashedError) as error:
+            still = _unfinished(Path(job.staging), left)
+            losses = losses + 1 if len(still) == len(left) else 0
+            if losses >= LOSSES_WITHOUT_PROGRESS:
+                raise
+            left = still
+            log.warning("lost a worker or a node (%s); going on with %d units", type(error).__name__, len(left))
+
+
+def _unfinished(staging: Path, units: Sequence[Unit]) -> list[Unit]:
+    with ThreadPoolExecutor() as pool:
+        finished = list(pool.map(lambda unit: _finished(staging, unit.name) is not None, units))
+    return [unit for unit, done in zip(units, finished, strict=True) if not done]
+
+
 def _embed(config: EmbedConfig, job: _Job, units: Sequence[Unit]) -> None:
     if not units:
         return

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+import ray
 
 from recsys_ray.artifacts import Artifact, open_artifact, stage
 from recsys_ray.config import Config, fingerprint
@@ -146,6 +147,21 @@ def test_a_run_that_died_while_publishing_embeds_nothing_again(tmp_path: Path, m
         monkeypatch.setattr(embed, "_embed", lambda config, job, units: pytest.fail("embeds again") if units else None)
     monkeypatch.setattr("recsys_ray.artifacts.crash_point", lambda name: None)
     assert set(rows_of(embed_products(config))) == set(shop(40))
+
+
+def test_losses_without_progress_end_the_run(tmp_path: Path, model: Path, local_ray: None,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared(tmp_path / "prepared", shop(10))
+    tries = []
+
+    def lose(*_: object) -> None:
+        tries.append(1)
+        raise ray.exceptions.WorkerCrashedError
+
+    monkeypatch.setattr(embed, "_embed", lose)
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        embed_products(config_of(tmp_path, model))
+    assert len(tries) == embed.LOSSES_WITHOUT_PROGRESS
 
 
 def test_no_products_is_an_empty_artefact(tmp_path: Path, model: Path, local_ray: None) -> None:
