@@ -31,7 +31,7 @@ class NearDuplicateConfig(Config):
     bands: int = Field(default=32, ge=1)
     rows_per_band: int = Field(default=4, ge=1)
     min_words: int = Field(default=5, ge=1)             # shorter texts say too little to be compared
-    max_bucket: int = Field(default=200, ge=2)          # products that share a band; more are not compared, but counted
+    max_bucket: int = Field(default=200, ge=2)          # products of a band compared in pairs; more: see pairs_of_bands
     seed: int = 7
 
     def shared_bands(self) -> int:
@@ -79,17 +79,21 @@ def _mix(state: npt.NDArray[np.uint64], value: npt.NDArray[np.uint64]) -> npt.ND
 
 
 def pairs_of_bands(bands: pa.Table, max_bucket: int) -> tuple[pa.Table, int]:
-    """(left, right, shared) for products that share bands of this table, and how many bands were too full."""
+    """(left, right, shared) for products that share bands of this table, and how many bands were too full.
+
+    In a band of more than `max_bucket` products each is compared with the first alone, so that the work stays
+    linear and a listing repeated a thousand times is still found.
+    """
     order = np.lexsort((bands["row_id"].to_numpy(), bands["band"].to_numpy()))
     band, row = bands["band"].to_numpy()[order], bands["row_id"].to_numpy()[order]
     starts = np.flatnonzero(np.diff(band, prepend=band[:1] - 1)) if len(band) else np.zeros(0, np.int64)
     sizes = np.diff(starts, append=len(band))
     left, right = [], []
     for start, size in zip(starts[sizes > 1], sizes[sizes > 1], strict=True):
-        if size <= max_bucket:
-            first, second = np.triu_indices(size, 1)
-            left.append(row[start + first])
-            right.append(row[start + second])
+        first, second = np.triu_indices(size, 1) if size <= max_bucket else (np.zeros(size - 1, np.int64),
+                                                                             np.arange(1, size))
+        left.append(row[start + first])
+        right.append(row[start + second])
     pairs = pa.table({"left": np.concatenate([*left, np.zeros(0, np.int64)]).astype(np.int64),
                       "right": np.concatenate([*right, np.zeros(0, np.int64)]).astype(np.int64)})
     counted = pairs.group_by(["left", "right"]).aggregate([([], "count_all")])
@@ -124,25 +128,30 @@ def one_row_per_id(products: pa.Table) -> tuple[pa.Table, pa.Table, int]:
     Of rows with one id but other content the one with most text is kept. Errors: `ValueError` when two
     different product ids have the same row id.
     """
-    content = [name for name in products.column_names if name != "_source"]
-    best: dict[int, tuple[tuple[int, str], int, str]] = {}
-    conflicts, repeated = [], 0
-    for number, row in enumerate(products.to_pylist()):
-        text = repr([row[name] for name in content])
-        rank = (-len(text), text)
-        held = best.get(row["row_id"])
-        if held is None:
-            best[row["row_id"]] = (rank, number, row["product_id"])
-            continue
-        if held[2] != row["product_id"]:
-            raise ValueError(f"products {held[2]!r} and {row['product_id']!r} have the same row id {row['row_id']}; "
-                             "rename one of them")
-        if held[0] == rank:
-            repeated += 1
-        elif rank < held[0]:
-            conflicts.append(held[1])
-            best[row["row_id"]] = (rank, number, row["product_id"])
-        else:
-            conflicts.append(number)
-    kept = [number for _, (_, number, _) in sorted(best.items())]
-    return products.take(pa.array(kept, pa.int64())), products.take(pa.array(sorted(conflicts), pa.int64())), repeated
+    products = products.take(pa.array(np.argsort(products["row_id"].to_numpy(), kind="stable")))
+    row_ids = products["row_id"].to_numpy()
+    starts = np.flatnonzero(np.diff(row_ids, prepend=row_ids[:1] - 1))
+    sizes = np.diff(starts, append=len(row_ids))
+    kept = starts.copy()
+    conflicts: list[int] = []
+    repeated = 0
+    for group in np.flatnonzero(sizes > 1):
+        start, size = int(starts[group]), int(sizes[group])
+        best, *others = _different(products.slice(start, size))
+        kept[group] = start + best
+        conflicts += [start + other for other in others]
+        repeated += size - 1 - len(others)
+    return products.take(pa.array(kept)), products.take(pa.array(conflicts, pa.int64())), repeated
+
+
+def _different(rows: pa.Table) -> list[int]:
+    """The first row of each content among rows with one row id, that with most text first; places break ties."""
+    listed = rows.to_pylist()
+    names = sorted({row["product_id"] for row in listed})
+    if len(names) > 1:
+        raise ValueError(f"products {names[0]!r} and {names[1]!r} have the same row id {listed[0]['row_id']}; "
+                         "rename one of them")
+    texts = [repr([row[name] for name in rows.column_names if name != "_source"]) for row in listed]
+    sources = [row.get("_source") or "" for row in listed]
+    ranked = sorted(range(len(listed)), key=lambda number: (-len(texts[number]), texts[number], sources[number]))
+    return list({texts[number]: number for number in reversed(ranked)}.values())[::-1]

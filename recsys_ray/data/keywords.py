@@ -15,7 +15,8 @@ from functools import cache
 MAX_WORDS = 3
 MIN_CHARS = 3
 PER_REVIEW = 12
-_WORD = re.compile(r"[a-z][a-z'-]*[a-z]|[.,;:!?()\n]", re.ASCII)
+_WORD = re.compile(r"[a-z][a-z'-]*[a-z]|[.,;:!?()\n]")
+_ANY_WORD = re.compile(r"[^\W\d_](?:[^\W\d_]|['-])*[^\W\d_]|[.,;:!?()\n]")     # slower: any alphabet
 
 # What reviews say about anything; with the stop words these end a phrase.
 _EMPTY_WORDS = frozenset("""
@@ -44,13 +45,17 @@ def review_keywords(text: str | None, limit: int = PER_REVIEW) -> list[str]:
     phrases: dict[str, None] = {}
     phrase: list[str] = []
     breaks = _breaks()
-    for word in [*_WORD.findall((text or "").lower().replace("\u2019", "'")), "."]:
-        if len(word) > 1 and word not in breaks and word.replace("'", "") not in breaks and len(phrase) < MAX_WORDS:
+    lowered = (text or "").lower().replace("\u2019", "'")
+    for word in [*(_WORD if lowered.isascii() else _ANY_WORD).findall(lowered), "."]:
+        meant = len(word) > 1 and word not in breaks and not ("'" in word and word.replace("'", "") in breaks)
+        if meant and len(phrase) < MAX_WORDS:
             phrase.append(word)
             continue
         if phrase and sum(map(len, phrase)) >= MIN_CHARS:
             phrases.setdefault(" ".join(phrase))
-        phrase = [word] if len(word) > 1 and word not in breaks else []
+            if len(phrases) >= limit:
+                break
+        phrase = [word] if meant else []
     return list(phrases)[:limit]
 
 

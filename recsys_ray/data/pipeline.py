@@ -44,7 +44,7 @@ from recsys_ray.runtime import RayConfig
 log = logging.getLogger(__name__)
 
 KIND = "prepared"
-STAGE_VERSION = 1       # raise it when the same inputs would give other tables
+STAGE_VERSION = 2       # raise it when the same inputs would give other tables
 TASK_CPUS = 0.9
 SCRATCH = "scratch"
 SLICE_ROWS = 16_384     # of a block, cleaned and scattered at once
@@ -231,6 +231,7 @@ def _publish(config: PrepareConfig, staging: Staging, scattered: _Scattered, res
     results = list(results)
     counts = merged([scattered.counts, *(one.counts for one in results)])
     counts["duplicates", "bands with too many products to compare"] = overfull
+    counts["duplicates", "products with a near-duplicate"] = sum(len(one.grouped) for one in results)
     counts["duplicates", "near-duplicates across splits"] = _across_splits(results)
     products = counts["rows", "products kept"]
     notes = {"near-duplicates across splits": "cold products with a near-duplicate that has train reviews"}

@@ -30,10 +30,15 @@ CLEAN_REVIEW = pa.schema([field for field in REVIEW if field.name not in ("split
 
 _UNUSUAL = re.compile(r"[^\x20-\x7e]|[<&]|  |^ | $")     # anything that a plain, trimmed ASCII line has not
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,400}>|<!--.{0,2000}?-->", re.DOTALL)
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\u2060\ufeff\ud800-\udfff]")
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
+_MARKUP = re.compile("[<&]")
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\u200b\u2060\ufeff\ud800-\udfff]")  # the others are spaces, or mojibake
+_C1 = re.compile(r"[\x80-\x84\x86-\x9f]")               # what mojibake has left behind
+_WIDE = re.compile(r"[\u0132\u0133\u0149\u01f1-\u01f3\u01c4-\u01cc\ufb00-\ufb06\uff01-\uffef]")  # ligatures, full width
 _SPACE = re.compile(r"\s+")
-_NUMBER = re.compile(r"\d[\d.,'\u00a0\u202f ]*")
-_NEGATIVE = re.compile(r"\D*-\s*\d")
+_NUMBER = re.compile(r"\d{1,3}(?:['\u00a0\u202f ]\d{3})+(?!\d)(?:[.,]\d+)?|\d[\d.,]*")
+_NEGATIVE = re.compile(r"\D*[-\u2212]\s*\d")
+MAX_ROUNDS = 8          # of repairs; a shop's text needs one, seldom two
 QUARANTINED_CHARS = 2000
 
 
@@ -49,26 +54,48 @@ class CleaningConfig(Config):
 def clean_text(text: str | None, max_chars: int = 50_000) -> str | None:
     """`text` on one line without markup, mojibake, control characters or lone surrogates; None if nothing is left.
 
-    Unicode is normalised to NFC, so that equal texts are equal strings.
+    Unicode is normalised to NFC, so that equal texts are equal strings; a clean text stays as it is.
     """
     if text is None:
         return None
     if _UNUSUAL.search(text):
         text = _repair(text[: 4 * max_chars])
-    return text[:max_chars] or None
+    if len(text) > max_chars:
+        text = text[:max_chars].rstrip()
+    return text or None
 
 
 def _repair(text: str) -> str:
-    import ftfy
+    """Rounds of repairs until one changes nothing: what one repair uncovers may need another."""
+    for _ in range(MAX_ROUNDS):
+        before = text
+        text = _repair_once(text)
+        if text == before or not _UNUSUAL.search(text):
+            return text
+    return _SPACE.sub(" ", _MARKUP.sub(" ", text)).strip()  # markup that deep means nothing
 
+
+def _repair_once(text: str) -> str:
     text = _CONTROL.sub("", text)
     if "&" in text:
-        text = html.unescape(text)
+        text = _ENTITY.sub(lambda found: html.unescape(found.group()), text)
     if "<" in text:
         text = _TAG.sub(" ", text)
     if not text.isascii():
-        text = unicodedata.normalize("NFC", ftfy.fix_text(text, unescape_html=False))
+        text = _repair_letters(unicodedata.normalize("NFC", text))
     return _SPACE.sub(" ", _CONTROL.sub("", text)).strip()
+
+
+def _repair_letters(text: str) -> str:
+    """`text` in the letters that were meant: mojibake decoded, curly quotes straight, wide letters narrow."""
+    import ftfy
+
+    if ftfy.badness.is_bad(text):
+        text = ftfy.fix_encoding(text)
+    text = _C1.sub("", ftfy.fixes.uncurl_quotes(text))
+    if _WIDE.search(text):
+        text = ftfy.fixes.fix_latin_ligatures(ftfy.fixes.fix_character_width(text))
+    return unicodedata.normalize("NFC", text)
 
 
 def parse_price_cents(price: str | None, max_price: float = 100_000) -> int | None:
@@ -78,10 +105,11 @@ def parse_price_cents(price: str | None, max_price: float = 100_000) -> int | No
     """
     if price is None or _NEGATIVE.match(price):
         return None
-    found = _NUMBER.search(price)
-    if found is None:
-        return None
-    value = _decimal(re.sub(r"['\u00a0\u202f ]", "", found.group()).rstrip(".,"))
+    try:
+        value: float | None = float(price)      # most are plain, and 1e-05 is nothing but plain
+    except ValueError:
+        found = _NUMBER.search(price)
+        value = _decimal(re.sub(r"['\u00a0\u202f ]", "", found.group()).rstrip(".,")) if found else None
     if value is None or not 0 < value <= max_price:
         return None
     return max(1, round(value * 100))
@@ -104,7 +132,10 @@ def _decimal(number: str) -> float | None:
 
 
 def parse_time_ms(text: str | None) -> int | None:
-    """Milliseconds since 1970 (UTC) of an epoch in s or ms, an ISO 8601 text or "June 3, 2019"; None if neither."""
+    """Milliseconds since 1970 (UTC) of an epoch in s or ms, an ISO 8601 text or "June 3, 2019"; None if neither.
+
+    What is not said is the first: 2019 is 1 January 2019. A text without a year is no date.
+    """
     if not text or not text.strip():
         return None
     text = text.strip()
@@ -115,10 +146,10 @@ def parse_time_ms(text: str | None) -> int | None:
     from dateutil import parser
 
     try:
-        moment = parser.parse(text, default=datetime(2000, 1, 1, tzinfo=UTC))
-    except (ValueError, OverflowError):
+        moment, other = (parser.parse(text, default=datetime(year, 1, 1, tzinfo=UTC)) for year in (2000, 2004))
+        return int(moment.timestamp() * 1000) if moment.year == other.year else None
+    except (ValueError, OverflowError, ArithmeticError):
         return None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def clean_products(raw: pa.Table, config: CleaningConfig) -> tuple[pa.Table, pa.Table]:

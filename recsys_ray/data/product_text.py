@@ -43,9 +43,10 @@ def summary(description: str | None, max_chars: int) -> str:
         return text
     taken = ""
     for sentence in _SENTENCE_END.split(text):
-        if len(taken) + len(sentence) + 1 > max_chars:
+        longer = f"{taken} {sentence}".strip()
+        if len(longer) > max_chars:
             break
-        taken = f"{taken} {sentence}".strip()
+        taken = longer
     return taken or text[:max_chars].rsplit(" ", 1)[0]
 
 
@@ -80,7 +81,9 @@ def product_texts(products: pa.Table, keywords: Mapping[int, Sequence[tuple[str,
                   config: ProductTextConfig) -> pa.Table:
     """PRODUCT_TEXT rows of PRODUCT rows; `keywords` has (review id, its keywords) of each row id's train reviews."""
     rows = []
-    for product in products.to_pylist():
+    needed = ["row_id", "product_id", "title", "brand", "color", "category", "description", "features", "ingredients",
+              "attributes"]
+    for product in products.select(needed).to_pylist():
         reviews = keywords.get(product["row_id"], ())
         best = top_keywords([words for _, words in reviews], config.max_keywords)
         text = product_text(product, best, config)
