@@ -45,7 +45,8 @@ def run_shop(config: RunShopConfig) -> Path:
         run_flow(config.flow)
         for evaluation in config.evaluations:
             with stage_clock(f"evaluate {evaluation.name}"):
-                console.out(terminal_summary(read_evaluation(evaluate(evaluation))), highlight=False)
+                summary = terminal_summary(read_evaluation(evaluate(evaluation)), WIDTH, brief=True)
+            console.out(summary, highlight=False)
         with stage_clock("report"):
             report = write_report(config.report)
         with stage_clock("serve and ask"), serving(config.serve) as url:

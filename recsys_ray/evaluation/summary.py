@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def terminal_summary(document: Mapping[str, Any], width: int = 160) -> str:
-    """The tables of a metrics.json (`evaluation.retrieval.read_evaluation`) as plain text."""
+def terminal_summary(document: Mapping[str, Any], width: int = 160, *, brief: bool = False) -> str:
+    """The tables of a metrics.json (`evaluation.retrieval.read_evaluation`) as plain text; brief: the figures of all."""
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    if brief:
+        console.print(_figures(document, "all"))
+        return str(console.file.getvalue())  # type: ignore[attr-defined]
     for slice_name in document["slices"]:
         console.print(_figures(document, slice_name))
     if document["comparisons"]:
