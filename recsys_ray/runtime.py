@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ class RayConfig(Config):
     object_store_mb: int = 512          # of a local Ray
     no_progress_timeout_s: int = 120    # Ray Data gives up on a stuck pipeline after this long
     progress: bool = True
+    worker_logs: bool = False           # show what workers log; their errors reach the driver in any case
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def connected(config: RayConfig) -> Iterator[None]:
         return
     address = config.address or os.environ.get("RAY_ADDRESS")
     if address:
-        with _session(address=address, log_to_driver=config.progress):
+        with _session(address=address, log_to_driver=config.worker_logs):
             _configure_data(config)
             yield
         return
@@ -63,7 +65,7 @@ def _local_ray(config: RayConfig) -> Iterator[None]:
     num_cpus = config.num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1)
     try:
         with _session(address="local", num_cpus=num_cpus, object_store_memory=config.object_store_mb << 20,
-                      include_dashboard=False, _temp_dir=temp_dir, log_to_driver=config.progress,
+                      include_dashboard=False, _temp_dir=temp_dir, log_to_driver=config.worker_logs,
                       logging_level=logging.WARNING):
             yield
     finally:
@@ -77,13 +79,16 @@ def _session(**options: Any) -> Iterator[None]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     previous = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
     try:
-        ray.init(**options)
+        try:
+            ray.init(**options)
+        except (KeyboardInterrupt, SystemExit):
+            if in_main_thread:
+                signal.alarm(0)  # that handler's, if it was in place already
+            raise
         if in_main_thread:
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         yield
     finally:
-        if in_main_thread:
-            signal.alarm(0)  # that handler's, if the signal came before it was replaced
         ray.shutdown()
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)

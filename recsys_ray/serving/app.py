@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import httpx
 from fastapi import FastAPI
@@ -304,18 +304,23 @@ def run(config: ServeConfig) -> None:
         if not config.block:
             _deploy(build_app(config), config)
             return
-        with serving(config):
-            wait_for_signal()
+        with until_stopped(), serving(config):
+            threading.Event().wait()
 
 
-def wait_for_signal() -> None:
-    """Return when this process gets SIGINT or SIGTERM."""
-    stop = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
-    try:
-        stop.wait()
+@contextmanager
+def until_stopped() -> Iterator[None]:
+    """A block that SIGINT or SIGTERM ends without an error, whatever it is doing; its cleaning up is still done."""
+    def stop(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)   # a second one must not disturb the cleaning up
         log.info("stopping")
+        raise KeyboardInterrupt                         # the one exception that Ray's native calls pass on
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.info("stopped")
     finally:
-        for number, handler in zip(numbers, previous, strict=True):
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -8,6 +8,7 @@ from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse
 
 from recsys_ray.serving.api import (
     Limits,
@@ -21,6 +22,7 @@ from recsys_ray.serving.api import (
     error_documents,
     parse_search,
 )
+from recsys_ray.serving.docs import PAGE_POLICY, docs_page
 from recsys_ray.serving.errors import ApiError, error_body, error_headers, from_status, validation_error
 from recsys_ray.serving.gateway import Gateway
 from recsys_ray.serving.limits import Gate
@@ -48,13 +50,14 @@ class NoQuery(BaseModel):
 def create_api(gateway: Gateway, limits: Limits, key_sha256: str | None = None) -> FastAPI:
     """The ASGI application of `gateway`; with `key_sha256`, only for clients that send that key."""
     app = FastAPI(title="recsys_ray", version="1", summary="Product search and similar products",
-                  swagger_ui_parameters={"tryItOutEnabled": True}, redoc_url=None)
+                  docs_url=None, redoc_url=None)  # FastAPI's own pages load their scripts from elsewhere
     app.add_middleware(Gate, max_body_bytes=limits.max_body_bytes, key_sha256=key_sha256)
     _add_error_handlers(app)
     _add_search(app, gateway, limits)
     _add_products(app, gateway, limits)
     _add_health(app, gateway)
     _describe(app)
+    _add_docs(app)
     return app
 
 
@@ -123,6 +126,13 @@ def _describe(app: FastAPI) -> None:
         return document
 
     app.openapi = described  # type: ignore[method-assign]
+
+
+def _add_docs(app: FastAPI) -> None:
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        """The documentation page."""
+        return HTMLResponse(docs_page(app.openapi()), headers={"content-security-policy": PAGE_POLICY})
 
 
 def _request_id(request: Request) -> str:

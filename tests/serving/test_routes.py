@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -90,7 +92,20 @@ def test_the_document_describes_the_service_with_examples_that_work(app: FastAPI
                   for part in [part.split('"')[0]]}
     assert references <= set(document["components"]["schemas"])
     assert "HTTPValidationError" not in references
-    assert get(app, "/docs").status_code == 200
+
+
+def test_the_documentation_page_needs_nothing_from_elsewhere_and_shows_every_operation(app: FastAPI) -> None:
+    page, document = get(app, "/docs"), get(app, "/openapi.json").json()
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert not re.findall(r"""(?:https?:)?//[a-z]|src=|@import|url\(""", page.text)
+    sections = re.findall(r'<section data-method="(\w+)" data-path="([^"]+)">', page.text)
+    assert sections == [(method.upper(), path) for path, methods in document["paths"].items() for method in methods]
+    examples = [json.loads(html.unescape(text)) for text in re.findall(r'data-example="([^"]+)"', page.text)]
+    content = document["paths"]["/v1/search"]["post"]["requestBody"]["content"]["application/json"]
+    assert examples == [example["value"] for example in content["examples"].values()]
+    for name in document["components"]["schemas"]:
+        assert f'<section id="{name}">' in page.text
 
 
 def test_generated_requests_never_cause_a_server_error(app: FastAPI) -> None:
