@@ -45,7 +45,7 @@ class ReportConfig(Config):
 
     title: str
     prepared: Path
-    evaluations: tuple[Path, ...]
+    evaluations: tuple[Path, ...] = ()  # none: a catalogue without judgments
     examples: ExamplesConfig | None = None
     index: Path | None = None
     benchmarks: Path | None = None      # folder of result files to list
