@@ -47,7 +47,7 @@ def review_keywords(text: str | None, limit: int = PER_REVIEW) -> list[str]:
     breaks = _breaks()
     lowered = (text or "").lower().replace("\u2019", "'")
     for word in [*(_WORD if lowered.isascii() else _ANY_WORD).findall(lowered), "."]:
-        meant = len(word) > 1 and word not in breaks and not ("'" in word and word.replace("'", "") in breaks)
+        meant = len(word) > 1 and word not in breaks and not ("'" in word and _is_empty_contraction(word, breaks))
         if meant and len(phrase) < MAX_WORDS:
             phrase.append(word)
             continue
@@ -57,6 +57,11 @@ def review_keywords(text: str | None, limit: int = PER_REVIEW) -> list[str]:
                 break
         phrase = [word] if meant else []
     return list(phrases)[:limit]
+
+
+def _is_empty_contraction(word: str, breaks: frozenset[str]) -> bool:
+    """Whether "don't" or "I'd" is one of the words that say nothing, or begins with one."""
+    return word.replace("'", "") in breaks or word.partition("'")[0] in breaks
 
 
 def top_keywords(reviews: Sequence[Sequence[str]], limit: int) -> list[str]:

@@ -70,7 +70,7 @@ class _Block(Config):
     part: Part | None = None
     bands: Part | None = None
     quarantine: FileEntry | None = None
-    hours: dict[int, int] = {}
+    hours: dict[int, int] = Field(default_factory=dict)
     counts: tuple[tuple[str, str, int], ...] = ()
 
 

@@ -28,14 +28,12 @@ CLEAN_PRODUCT = pa.schema([field for field in PRODUCT if field.name not in ("var
 CLEAN_REVIEW = pa.schema([field for field in REVIEW if field.name not in ("split", "cold")]
                          + [pa.field("_source", pa.string())])
 
-_UNUSUAL = re.compile(r"[^\x20-\x7e]|[<&]|  |^ | $")     # anything that a plain, trimmed ASCII line has not
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,400}>|<!--.{0,2000}?-->", re.DOTALL)
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")
 _MARKUP = re.compile("[<&]")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f\u200b\u2060\ufeff\ud800-\udfff]")  # the others are spaces, or mojibake
 _C1 = re.compile(r"[\x80-\x84\x86-\x9f]")               # what mojibake has left behind
 _WIDE = re.compile(r"[\u0132\u0133\u0149\u01f1-\u01f3\u01c4-\u01cc\ufb00-\ufb06\uff01-\uffef]")  # ligatures, full width
-_SPACE = re.compile(r"\s+")
 _NUMBER = re.compile(r"\d{1,3}(?:['\u00a0\u202f ]\d{3})+(?!\d)(?:[.,]\d+)?|\d[\d.,]*")
 _NEGATIVE = re.compile(r"\D*[-\u2212]\s*\d")
 MAX_ROUNDS = 8          # of repairs; a shop's text needs one, seldom two
@@ -58,11 +56,17 @@ def clean_text(text: str | None, max_chars: int = 50_000) -> str | None:
     """
     if text is None:
         return None
-    if _UNUSUAL.search(text):
+    if not _is_plain(text):
         text = _repair(text[: 4 * max_chars])
     if len(text) > max_chars:
         text = text[:max_chars].rstrip()
     return text or None
+
+
+def _is_plain(text: str) -> bool:
+    """Whether this is one trimmed line of ASCII without anything like markup: most texts, and quick to see."""
+    return (text.isascii() and text.isprintable() and "<" not in text and "&" not in text and "  " not in text
+            and text[:1] != " " and text[-1:] != " ")
 
 
 def _repair(text: str) -> str:
@@ -70,29 +74,33 @@ def _repair(text: str) -> str:
     for _ in range(MAX_ROUNDS):
         before = text
         text = _repair_once(text)
-        if text == before or not _UNUSUAL.search(text):
+        if text == before or _is_plain(text):
             return text
-    return _SPACE.sub(" ", _MARKUP.sub(" ", text)).strip()  # markup that deep means nothing
+    return " ".join(_CONTROL.sub("", _MARKUP.sub(" ", text)).split())    # markup that deep means nothing
 
 
 def _repair_once(text: str) -> str:
-    text = _CONTROL.sub("", text)
+    if not text.isprintable():
+        text = _CONTROL.sub("", text)
     if "&" in text:
         text = _ENTITY.sub(lambda found: html.unescape(found.group()), text)
     if "<" in text:
         text = _TAG.sub(" ", text)
     if not text.isascii():
         text = _repair_letters(unicodedata.normalize("NFC", text))
-    return _SPACE.sub(" ", _CONTROL.sub("", text)).strip()
+    return " ".join(text.split())
 
 
 def _repair_letters(text: str) -> str:
     """`text` in the letters that were meant: mojibake decoded, curly quotes straight, wide letters narrow."""
     import ftfy
 
+    straight: str = ftfy.fixes.uncurl_quotes(text)
+    if straight.isascii():      # curly quotes were all
+        return straight
     if ftfy.badness.is_bad(text):
-        text = ftfy.fix_encoding(text)
-    text = _C1.sub("", ftfy.fixes.uncurl_quotes(text))
+        straight = ftfy.fixes.uncurl_quotes(ftfy.fix_encoding(text))
+    text = _C1.sub("", straight)
     if _WIDE.search(text):
         text = ftfy.fixes.fix_latin_ligatures(ftfy.fixes.fix_character_width(text))
     return unicodedata.normalize("NFC", text)
