@@ -85,7 +85,9 @@ PHRASES = st.lists(st.sampled_from(["tea", "big handle", "gift", "blue", "desk"]
 
 
 @given(st.lists(PHRASES, min_size=1, max_size=6), st.integers(0, 5), st.data())
-def test_leaving_a_review_out_equals_never_having_had_it(phrases: list[list[str]], limit: int, data: st.DataObject) -> None:
+def test_leaving_a_review_out_equals_never_having_had_it(
+    phrases: list[list[str]], limit: int, data: st.DataObject,
+) -> None:
     config = SEED.replace(max_keywords=limit)
     reviews = [(f"r{number}", words) for number, words in enumerate(phrases)]
     out = data.draw(st.sampled_from(reviews))

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from recsys_ray.data.splits import HOUR_MS, LeakError, SplitConfig, check_no_leak, find_cuts, hour_histogram, split_names
+from recsys_ray.data.splits import (
+    HOUR_MS,
+    LeakError,
+    SplitConfig,
+    check_no_leak,
+    find_cuts,
+    hour_histogram,
+    split_names,
+)
 
 
 def test_shares_are_reached_at_the_end_of_an_hour() -> None:
