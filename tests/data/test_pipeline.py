@@ -27,7 +27,8 @@ def product(number: int, **change: Any) -> dict[str, Any]:
 def review(number: int, of: int, **change: Any) -> dict[str, Any]:
     return {"parent_asin": f"P{of}", "asin": f"V{of}-{number % 2}", "user_id": f"U{number}", "rating": 1.0 + number % 5,
             "title": "t", "text": f"phrase{'abcdefghij'[number % 10]}word is here",
-            "verified_purchase": number % 3 == 0, "timestamp": 1_500_000_000_000 + number * HOUR_MS, "helpful_vote": 0, **change}
+            "verified_purchase": number % 3 == 0, "timestamp": 1_500_000_000_000 + number * HOUR_MS, "helpful_vote": 0,
+            **change}
 
 
 PRODUCTS = [*(product(number) for number in range(20)), product(3), product(4, title="Other title, longer than it"),
