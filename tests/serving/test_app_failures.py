@@ -83,7 +83,8 @@ def shards_answered(answers: list[httpx.Response]) -> set[tuple[int, int]]:
 
 def test_a_killed_replica_costs_no_answer_and_is_replaced(url: str) -> None:
     first, second = wait_for_replicas(0, 2), wait_for_replicas(1, 2)
-    answers = asyncio.run(ask_while(url, [(1.0, first[0].kill), (2.0, second[0].kill)], 5.0))
+    events = [(1.0, first[0].suspend), (1.3, first[0].kill), (2.0, second[0].suspend), (2.3, second[0].kill)]
+    answers = asyncio.run(ask_while(url, events, 5.0))  # suspended first: it has requests in hand when it dies
     assert not first[0].is_running() or first[0].status() == psutil.STATUS_ZOMBIE
     assert len(answers) > 5 * CLIENTS
     assert {answer.status_code for answer in answers} == {200}
