@@ -9,6 +9,7 @@ holds the ids of all products, and a product with a tenth of all reviews is read
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -47,6 +48,7 @@ KIND = "prepared"
 STAGE_VERSION = 2       # raise it when the same inputs would give other tables
 TASK_CPUS = 0.9
 SCRATCH = "scratch"
+_PARTICULAR = re.compile(r"[:('\"\d]| at ")     # where a reason begins to speak of one row
 SLICE_ROWS = 16_384     # of a block, cleaned and scattered at once
 
 
@@ -184,7 +186,7 @@ def _row_counts(table: str, rows: int, bad: pa.Table) -> tuple[tuple[str, str, i
 
 def reason_kind(reason: str) -> str:
     """A reason without what is particular to one row, for counting."""
-    return reason.partition(":")[0][:60]
+    return _PARTICULAR.split(reason, maxsplit=1)[0].strip()[:60]
 
 
 def _set_aside(bad: pa.Table, scratch: str) -> FileEntry | None:

@@ -201,3 +201,10 @@ def test_an_empty_file_is_an_error_before_any_work(tmp_path: Path) -> None:
         (tmp_path / name).write_text("")
     with pytest.raises(SourceError, match=r"meta_Shop\.jsonl"):
         prepare(config_for(tmp_path, tmp_path / "prepared"))
+
+
+@pytest.mark.parametrize(("reason", "kind"), [
+    ("not JSON at character 109 (Unterminated string starting at)", "not JSON"), ("rating: expected a number", "rating"),
+    ("no product id", "no product id"), ("unknown product", "unknown product"), ("expected 'x'", "expected")])
+def test_reasons_are_counted_without_what_is_particular_to_a_row(reason: str, kind: str) -> None:
+    assert reason_kind(reason) == kind
