@@ -24,8 +24,13 @@ Mask = npt.NDArray[np.bool_]
 
 TIES = 16                   # fetched beyond k, so that equal scores at the end are cut by position, not by chance
 SCAN_CELLS = 1 << 25        # floats of allowed vectors copied at once (128 MB)
+LEVEL = 1e-5                # scores closer than this, relative to the lengths, may only differ by rounding
+BALL_SPARE = 1.5            # rows fetched under a filter, times what an even spread of the allowed ones would need
+BALL_GROWTH = 4             # when a ball holds too few allowed rows
+BALL_SHARE = 0.05           # of all rows: a larger ball costs more than a scan
 TRAIN_ROWS_PER_LIST = 39    # what FAISS asks for
 PQ_CENTROIDS = 256
+READ_BYTES = 1 << 31        # what one array of a FAISS file may take, unless the file itself is larger
 
 
 class VectorIndexError(ValueError):
@@ -43,8 +48,9 @@ class VectorIndexConfig(Config):
     ivf_probe_share: float = Field(default=0.06, gt=0, le=1)    # of the lists, looked into for each query
     pq_dimensions: int = Field(default=4, ge=1)             # dimensions a byte stands for
     rescore: int = Field(default=10, ge=1)                  # quantised kinds: candidates per answer scored exactly
-    exact_below: float = Field(default=0.25, ge=0, le=1)    # share of allowed rows under which the scan is exact
-    seed: int = 7
+    exact_below: float = Field(default=0.1, ge=0, le=1)    # share of allowed rows under which the scan is exact
+    build_threads: int = Field(default=1, ge=1)             # more than one: a graph is no longer the same in each run
+    seed: int = Field(default=7, ge=0)
 
 
 class VectorIndex:
@@ -66,6 +72,9 @@ class VectorIndex:
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(bad):
             raise VectorIndexError(f"{len(bad)} vectors are not finite, the first at row {bad[0]}")
+        if config.kind == "ivf_pq" and vectors.shape[1] % config.pq_dimensions:
+            raise VectorIndexError(f"vector.pq_dimensions is {config.pq_dimensions}, of which {vectors.shape[1]} "
+                                   "dimensions are no multiple")
         return cls(config, vectors, _build(vectors, config))
 
     def save(self, vectors_path: Path, index_path: Path) -> bool:
@@ -79,9 +88,10 @@ class VectorIndex:
     @classmethod
     def load(cls, config: VectorIndexConfig, vectors_path: Path, index_path: Path | None) -> VectorIndex:
         """An index from files whose checksums were verified; the vectors stay on disk until they are read."""
-        faiss = _faiss()
         vectors = np.load(vectors_path, mmap_mode="r", allow_pickle=False)
-        index = None if index_path is None else faiss.read_index(str(index_path))
+        if vectors.ndim != 2 or vectors.dtype != np.float32:
+            raise VectorIndexError(f"{vectors_path}: {vectors.dtype} {vectors.shape} where rows of float32 belong")
+        index = None if index_path is None else _read(index_path)
         if index is not None and (index.ntotal, index.d) != vectors.shape:
             raise VectorIndexError(f"{index_path}: holds {index.ntotal} x {index.d}, the vectors are {vectors.shape}")
         return cls(config, vectors, index)
@@ -89,25 +99,32 @@ class VectorIndex:
     def search(self, queries: Vectors, k: int, allowed: Mask | None = None) -> tuple[Vectors, Positions]:
         """Scores and positions, both (Q, K), of the best allowed vectors, best first, equal scores by position.
 
-        K is `k` or the number of allowed rows, whichever is less: every cell is an answer.
+        K is `k` or the number of allowed rows, whichever is less: every cell is an answer. Errors:
+        `VectorIndexError` for queries or a mask of another shape, NaN, infinity and a negative `k`.
         """
         queries = self._check(queries)
+        if k < 0:
+            raise VectorIndexError(f"k is {k}; at least 0 is needed")
+        if allowed is not None and (allowed.shape != (self.size,) or allowed.dtype != np.bool_):
+            raise VectorIndexError(f"a mask of {allowed.dtype} {allowed.shape}; one bool for each of {self.size} rows "
+                                   "is needed")
         count = self.size if allowed is None else int(allowed.sum())
         k = min(k, count)
         if k <= 0 or not len(queries):
             return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
         if self._index is None or count < self.config.exact_below * self.size:
-            found = self._scan(queries, min(k + TIES, count), allowed)
-        else:
-            found = self._approximate(queries, min(k + TIES, count), k, allowed, count)
-        return self._best(queries, found, k)
+            return self._exact(queries, k, allowed, count)
+        return self._best(queries, self._approximate(queries, k, allowed, count), k)
 
     def scores(self, query: Vectors, positions: Positions) -> Vectors:
         """The inner products of one query (D,) with the vectors at `positions`, float32 (P,).
 
         Computed row by row, so a score does not depend on which other rows are asked for.
         """
-        return np.asarray(np.einsum("pd,d->p", self.vectors[positions], query), dtype=np.float32)
+        step = max(1, SCAN_CELLS // self.dimension)
+        parts = [np.einsum("pd,d->p", self.vectors[positions[start: start + step]], query)
+                 for start in range(0, len(positions), step)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.float32)
 
     def _check(self, queries: Vectors) -> Vectors:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
@@ -116,6 +133,29 @@ class VectorIndex:
         if not np.isfinite(queries).all():
             raise VectorIndexError("a query vector is not finite")
         return queries
+
+    def _exact(self, queries: Vectors, k: int, allowed: Mask | None, count: int) -> tuple[Vectors, Positions]:
+        fetch = min(k + TIES, count)
+        positions = self._scan(queries, fetch, allowed)
+        scores, chosen = self._best(queries, positions, k)
+        if fetch < count:  # of more equal rows than were fetched, those fetched are any: take them all for such a query
+            lowest = np.array([self.scores(query, positions[i, -1:])[0] for i, query in enumerate(queries)])
+            margin = LEVEL * np.maximum(1e-30, np.linalg.norm(queries, axis=1) * self._longest(chosen))
+            for i in np.flatnonzero(lowest > scores[:, -1] - margin):
+                level = self._at_least(queries[i], scores[i, -1] - margin[i], allowed)
+                scores[i], chosen[i] = self._best(queries[i][None], level[None], k)
+        return scores, chosen
+
+    def _longest(self, positions: Positions) -> Vectors:
+        """The length of the last answer's vector for each query, shape (Q,)."""
+        return np.asarray(np.linalg.norm(self.vectors[positions[:, -1]], axis=1), dtype=np.float32)
+
+    def _at_least(self, query: Vectors, score: float, allowed: Mask | None) -> Positions:
+        step = max(1, SCAN_CELLS // self.dimension)
+        parts = [start + np.flatnonzero(self.vectors[start: start + step] @ query >= score)
+                 for start in range(0, self.size, step)]
+        found = np.concatenate(parts).astype(np.int64)
+        return found if allowed is None else found[allowed[found]]
 
     def _scan(self, queries: Vectors, k: int, allowed: Mask | None) -> Positions:
         faiss = _faiss()
@@ -133,31 +173,53 @@ class VectorIndex:
         order = np.argsort(-np.concatenate(scores, axis=1), axis=1, kind="stable")[:, :k]
         return np.take_along_axis(np.concatenate(positions, axis=1), order, axis=1)
 
-    def _approximate(self, queries: Vectors, fetch: int, k: int, allowed: Mask | None, count: int) -> Positions:
+    def _approximate(self, queries: Vectors, k: int, allowed: Mask | None, count: int) -> Positions:
+        """At least `k` allowed positions a query, (Q, W), padded with -1: from the index, or from a scan.
+
+        A filter is applied to a ball, the nearest rows of all, grown until it holds enough allowed rows:
+        then no nearer one can be missing, however the filter lies to the query. (A selector inside a graph
+        or over a few lists gives no such sign: with filters that follow the subject it lost up to 40 % of
+        the answers.) Where the ball would become a good part of the rows, a scan is cheaper and exact.
+        """
+        fetch = min(k + TIES, count)
+        quantised = self.config.kind in ("sq8", "ivf_pq")
+        wanted = min(max(fetch, self.config.rescore * k), count) if quantised else fetch
+        if self.config.kind == "sq8":  # looks at every code, so a selector misses nothing
+            return self._ask(queries, wanted, allowed)
+        needed = k if allowed is None else min(count, 2 * fetch if quantised else fetch)
+        ball = wanted if allowed is None else round(BALL_SPARE * wanted * self.size / count)
+        positions = np.full((len(queries), wanted), -1, dtype=np.int64)
+        open_ones = np.arange(len(queries))
+        while len(open_ones) and ball <= BALL_SHARE * self.size:
+            found = self._ask(queries[open_ones], ball, None)
+            good = found >= 0 if allowed is None else (found >= 0) & allowed[found]
+            order = np.argsort(~good, axis=1, kind="stable")[:, :wanted]
+            best = np.where(np.take_along_axis(good, order, axis=1), np.take_along_axis(found, order, axis=1), -1)
+            done = good.sum(axis=1) >= needed
+            positions[open_ones[done]] = best[done]
+            open_ones = open_ones[~done]
+            ball *= BALL_GROWTH
+        if len(open_ones):
+            positions[open_ones, :fetch] = self._scan(queries[open_ones], fetch, allowed)
+        return positions
+
+    def _ask(self, queries: Vectors, fetch: int, allowed: Mask | None) -> Positions:
         faiss = _faiss()
         assert self._index is not None
-        if self.config.kind in ("sq8", "ivf_pq"):
-            fetch = min(max(fetch, self.config.rescore * k), count)
         selector = None if allowed is None else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        _, positions = self._index.search(queries, fetch, params=self._parameters(selector, fetch, count))
-        short = np.flatnonzero((positions >= 0).sum(axis=1) < k)
-        if len(short):
-            positions[short] = self._scan(queries[short], fetch, allowed)
+        _, positions = self._index.search(queries, fetch, params=self._parameters(selector, fetch))
         return np.asarray(positions, dtype=np.int64)
 
-    def _parameters(self, selector: Any | None, fetch: int, count: int) -> Any:
+    def _parameters(self, selector: Any | None, fetch: int) -> Any:
         faiss = _faiss()
-        options: dict[str, Any] = {} if selector is None else {"sel": selector}
-        effort = self.size / count  # the fewer rows are allowed, the more have to be looked at
         if self.config.kind == "hnsw":
-            depth = max(self.config.hnsw_search_depth, fetch)
-            return faiss.SearchParametersHNSW(efSearch=int(depth * effort), **options)
+            return faiss.SearchParametersHNSW(efSearch=max(self.config.hnsw_search_depth, round(1.2 * fetch)))
         if self.config.kind in ("ivf", "ivf_pq"):
-            lists = int(self._index.nlist)
-            probes = min(lists, max(1, round(lists * self.config.ivf_probe_share * effort)))
+            lists = int(self._index.nlist)  # type: ignore[union-attr]
+            share = max(self.config.ivf_probe_share, 8 * fetch / self.size)  # rows looked at, of all
             kind = faiss.IVFPQSearchParameters if self.config.kind == "ivf_pq" else faiss.SearchParametersIVF
-            return kind(nprobe=probes, **options)
-        return faiss.SearchParameters(**options)
+            return kind(nprobe=min(lists, max(1, round(lists * share))))
+        return faiss.SearchParameters(**({} if selector is None else {"sel": selector}))
 
     def _best(self, queries: Vectors, positions: Positions, k: int) -> tuple[Vectors, Positions]:
         scores, chosen = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
@@ -195,19 +257,31 @@ def _build(vectors: Vectors, config: VectorIndexConfig) -> Any | None:
         index = _ivf(coarse, dimension, lists, config, inner)
         index.own_fields = True
         coarse.this.disown()
-        index.cp.seed = config.seed
-        index.cp.max_points_per_centroid = 64
-    index.train(vectors)
-    index.add(vectors)
+        for clustering in [index.cp, *([index.pq.cp] if config.kind == "ivf_pq" else [])]:
+            clustering.seed, clustering.niter, clustering.max_points_per_centroid = config.seed, 12, 64
+    with faiss_threads(config.build_threads):
+        index.train(vectors)
+        index.add(vectors)
     return index
+
+
+def _read(path: Path) -> Any:
+    """A FAISS index from a verified file; even so, no field of it may ask for much more memory than the file holds."""
+    faiss = _faiss()
+    before = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(max(READ_BYTES, 2 * path.stat().st_size))
+    try:
+        return faiss.read_index(str(path))
+    except RuntimeError as error:
+        raise VectorIndexError(f"{path}: not a FAISS index this version reads ({error}); rebuild the index") from None
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before)
 
 
 def _ivf(coarse: Any, dimension: int, lists: int, config: VectorIndexConfig, inner: Any) -> Any:
     faiss = _faiss()
     if config.kind == "ivf":
         return faiss.IndexIVFFlat(coarse, dimension, lists, inner)
-    if dimension % config.pq_dimensions:
-        raise VectorIndexError(f"vector.pq_dimensions: {dimension} is not a multiple of {config.pq_dimensions}")
     return faiss.IndexIVFPQ(coarse, dimension, lists, dimension // config.pq_dimensions, 8, inner)
 
 
