@@ -204,7 +204,8 @@ def test_an_empty_file_is_an_error_before_any_work(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("reason", "kind"), [
-    ("not JSON at character 109 (Unterminated string starting at)", "not JSON"), ("rating: expected a number", "rating"),
+    ("not JSON at character 109 (Unterminated string starting at)", "not JSON"),
+    ("rating: expected a number", "rating"),
     ("no product id", "no product id"), ("unknown product", "unknown product"), ("expected 'x'", "expected")])
 def test_reasons_are_counted_without_what_is_particular_to_a_row(reason: str, kind: str) -> None:
     assert reason_kind(reason) == kind
