@@ -98,13 +98,13 @@ def _round(value: float | None) -> float | None:
 
 
 def _shape(products: Products, reviews: Reviews) -> dict[str, float]:
-    counts = list(reviews.per_product.values())
+    counts = np.array(list(reviews.per_product.values()))
     lengths = [len(row["title"].split()) for row in products.rows]
     return {
         "products": len(products.ids), "reviews": reviews.total, "users": len(reviews.per_user),
-        "reviews_per_user": reviews.total / len(reviews.per_user), "reviews_per_product": float(np.mean(counts)),
-        "median_reviews_per_product": float(np.median(counts)), "one_review_share": float(np.mean(np.array(counts) == 1)),
-        "tail_exponent": tail_exponent(counts), "top_product_share": max(counts) / reviews.total,
+        "reviews_per_user": reviews.total / len(reviews.per_user), "reviews_per_product": counts.mean(),
+        "median_reviews_per_product": float(np.median(counts)), "one_review_share": (counts == 1).mean(),
+        "tail_exponent": tail_exponent(counts.tolist()), "top_product_share": counts.max() / reviews.total,
         **products.coverage(), "title_words": float(np.mean(lengths)),
         "review_words_median": weighted_quantile(reviews.words, 0.5),
         "review_words_p90": weighted_quantile(reviews.words, 0.9),
@@ -116,13 +116,13 @@ def _review_search(config: RealismConfig, products: Products, reviews: Reviews, 
                    ) -> dict[str, float]:
     """How well a review finds its product in the whole catalogue."""
     place = {name: at for at, name in enumerate(products.ids)}
-    sample = [entry for entry in reviews.sample if entry[2] in place]
     table = pq.read_table(config.shop / "truth" / "reviews.parquet", columns=["review_id", "generic"])
     flags = dict(zip(table["review_id"].to_pylist(), table["generic"].to_pylist(), strict=True))
+    sample = [entry for entry in reviews.sample if entry[1] in flags]   # the others are planted dirt
     generic = np.array([flags[name] for _, name, _, _ in sample])
     right = [place[product] for _, _, product, _ in sample]
     texts = [text for _, _, _, text in sample]
-    found = {}
+    found: dict[str, float] = {}
     for name, ranking in (("bm25", bm25), ("dense", dense)):
         hit = np.array([one in ranked for one, ranked in zip(right, ranking(texts), strict=True)])
         found |= {f"{name}_recall100": hit.mean(), f"{name}_recall100_answerable": hit[~generic].mean()}
@@ -134,7 +134,8 @@ def _planted_queries(config: RealismConfig, products: Products, bm25: Ranking, d
     place = {name: at for at, name in enumerate(products.ids)}
     queries = pq.read_table(config.shop / "truth" / "queries.parquet").to_pylist()[: config.sample]
     judged = pq.read_table(config.shop / "truth" / "judgments.parquet", filters=[("gain", ">=", 3)]).to_pylist()
-    return _query_figures(_questions(queries, judged, place), [row["title"] for row in products.rows], bm25, dense, config)
+    titles = [row["title"] for row in products.rows]
+    return _query_figures(_questions(queries, judged, place), titles, bm25, dense, config)
 
 
 def _real(config: RealismConfig, name: str) -> dict[str, float]:
@@ -185,8 +186,8 @@ def _query_figures(asked: Questions, titles: Sequence[str], bm25: Ranking, dense
     only_bm25, only_dense, both = np.mean(shares, axis=0) if shares else (np.nan,) * 3
     return {"queries": len(asked.texts), "query_words": float(np.mean([len(one.split()) for one in asked.texts])),
             "relevant_per_query": float(np.mean([len(one) for one in asked.relevant])),
-            "title_overlap": float(np.mean(overlap)), "found_only_by_bm25": only_bm25, "found_only_by_dense": only_dense,
-            "found_by_both": both}
+            "title_overlap": float(np.mean(overlap)), "found_only_by_bm25": only_bm25,
+            "found_only_by_dense": only_dense, "found_by_both": both}
 
 
 def title_overlap(query: str, titles: Sequence[str], config: LexicalConfig) -> float:

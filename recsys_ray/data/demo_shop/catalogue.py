@@ -6,6 +6,7 @@ Some hundred bytes a product; texts and images are drawn from these numbers when
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,12 +14,22 @@ import numpy.typing as npt
 from recsys_ray.data.demo_shop.config import DemoShopConfig
 from recsys_ray.data.demo_shop.formulas import effects, ingredients
 from recsys_ray.data.demo_shop.streams import Floats, Integers, dice, shares, shop_ids, uniforms, weighted
-from recsys_ray.data.demo_shop.vocabulary import MAX_FACETS, Kind, departments, formulary, names
+from recsys_ray.data.demo_shop.vocabulary import MAX_FACETS, departments, formulary, names
 
 BRANDS = 260            # in each department
 COLD_FROM = 0.82        # of the reviews' time, by quantile: a little after the last training review
 PARETO = 0.8            # reviews per product fall off with exponent 1 + 1 / PARETO
-MAX_WEIGHT = 400.0      # of one product but the top one, against a median of about 1.7
+MAX_WEIGHT = 0.04       # of one product but the top one, as a multiple of the number of products: some percent of all
+
+
+@dataclass(frozen=True)
+class Fame:
+    """How known N products are, how good, and since when."""
+
+    weight: Floats      # popularity
+    quality: Floats     # mean 0, standard deviation 1
+    launch: Floats      # quantile of the reviews' time, 0 to 1
+    top: int            # the product with a tenth of all reviews
 
 
 @dataclass(frozen=True)
@@ -33,23 +44,16 @@ class Catalogue:
     line: npt.NDArray[np.int32]
     price_cents: npt.NDArray[np.int64]
     price_level: Floats                 # 0 cheap to 1 dear, within its kind
-    weight: Floats                      # popularity
-    quality: Floats                     # standard normal
-    launch: Floats                      # quantile of the reviews' time, 0 to 1
+    fame: Fame
     content: Integers                   # own number, or that of the product this listing repeats
     claims: npt.NDArray[np.uint8]       # concerns that the maker aims at, one bit each
     helps: npt.NDArray[np.uint8]        # concerns that the ingredients really help against
-    top: int                            # the product with a tenth of the reviews
     shares: Floats                      # running sum of the departments' shares
     kind_counts: Integers               # kinds of each department
     value_counts: Integers              # (departments, MAX_FACETS) values of each facet
 
     def __len__(self) -> int:
         return len(self.department)
-
-    def kind_of(self, number: int) -> Kind:
-        """The kind of one product."""
-        return departments()[self.department[number]].kinds[self.kind[number]]
 
     def ids(self, numbers: npt.ArrayLike) -> list[str]:
         """The parent ids of products."""
@@ -65,34 +69,43 @@ def build_catalogue(config: DemoShopConfig) -> Catalogue:
     """The planted products of a shop."""
     count, seed = config.products, config.seed
     rows = np.arange(count)
-    drawn = uniforms(seed, "products", rows, 8 + MAX_FACETS)
+    drawn = uniforms(seed, "products", rows, 6 + MAX_FACETS)
     content = _content(drawn[:, 0], drawn[:, 1], config.clarity.duplicates)
     copied = drawn[content]             # a repeated listing shares what the product is
     department = weighted(shares({one.key: one.share for one in departments()}), copied[:, 2]).astype(np.int8)
-    kind, facets = _kinds_and_facets(department, copied[:, 3], copied[:, 8:])
+    kind, facets = _kinds_and_facets(department, copied[:, 3], copied[:, 6:])
     price_level = copied[:, 4]
     medians = np.array([departments()[d].kinds[k].price for d, k in zip(department, kind, strict=True)])
     spread = np.exp(1.1 * (price_level - 0.5) + 0.08 * (drawn[:, 5] - 0.5))
-    weight = np.minimum(drawn[:, 6] ** -PARETO, MAX_WEIGHT)
-    others = uniforms(seed, "products/more", rows, 5)
-    copied_others = others[content]
     claims, helps = _concerns(config, department, kind, facets, content)
-    cold = others[:, 2] < config.clarity.cold
-    top = int(np.flatnonzero((content == rows) & ~cold & (department == 0))[0])
-    launch = np.where(cold, COLD_FROM + (0.98 - COLD_FROM) * others[:, 3], 0.75 * others[:, 3] ** 1.5)
-    launch[top] = 0.0
+    names_drawn = uniforms(seed, "names", content, 2)
+    lines = len(names()["lines"]) * len(names()["line_seconds"])
     return Catalogue(
-        seed, department, kind, facets, (BRANDS * copied_others[:, 0] ** 1.6).astype(np.int32),
-        (copied_others[:, 1] * len(names()["lines"]) * len(names()["line_seconds"])).astype(np.int32),
-        np.round(medians * spread * 100).astype(np.int64), price_level, weight,
-        np.sqrt(12) * (others[:, 4] - 0.5), launch, content, claims, helps, top, *_sizes())
+        seed=seed, department=department, kind=kind, facets=facets,
+        brand=(BRANDS * names_drawn[:, 0] ** 1.6).astype(np.int32), line=(names_drawn[:, 1] * lines).astype(np.int32),
+        price_cents=np.round(medians * spread * 100).astype(np.int64), price_level=price_level,
+        fame=draw_fame(config, (content == rows) & (department == 0)), content=content, claims=claims, helps=helps,
+        **_sizes())
 
 
-def _sizes() -> tuple[Floats, Integers, Integers]:
+def draw_fame(config: DemoShopConfig, may_be_top: npt.NDArray[np.bool_]) -> Fame:
+    """How known products are, for shape (N,) of which products may be the one that everybody reviews."""
+    drawn = uniforms(config.seed, "fame", np.arange(len(may_be_top)), 4)
+    cold = drawn[:, 1] < config.clarity.cold
+    launch = np.where(cold, COLD_FROM + (0.98 - COLD_FROM) * drawn[:, 2], 0.75 * drawn[:, 2] ** 1.5)
+    top = int(np.flatnonzero(may_be_top & ~cold)[0])
+    launch[top] = 0.0
+    if config.mode == "null":       # an older product has no more chances than a newer one
+        launch[:] = 0.0
+    return Fame(np.minimum(drawn[:, 0] ** -PARETO, MAX_WEIGHT * len(drawn)), np.sqrt(12) * (drawn[:, 3] - 0.5), launch, top)
+
+
+def _sizes() -> dict[str, npt.NDArray[Any]]:
     values = np.ones((len(departments()), MAX_FACETS), np.int64)
     for number, one in enumerate(departments()):
         values[number, :len(one.facets)] = [len(facet.values) for facet in one.facets]
-    return shares({one.key: one.share for one in departments()}), np.array([len(d.kinds) for d in departments()]), values
+    return {"shares": shares({one.key: one.share for one in departments()}), "value_counts": values,
+            "kind_counts": np.array([len(one.kinds) for one in departments()])}
 
 
 def _content(chance: Floats, which: Floats, share: float) -> Integers:
@@ -128,7 +141,8 @@ def _concerns(config: DemoShopConfig, department: npt.NDArray[np.int8], kind: np
     for start in range(0, len(beauty), 4096):
         rows = beauty[start:start + 4096]
         for row, listed in zip(rows, recipes(config.seed, rows, kind, facets, claims), strict=True):
-            helps[row] = sum(1 << bit for bit, effect in enumerate(effects(listed, formulary().concerns)) if effect.helps)
+            found = effects(listed, formulary().concerns)
+            helps[row] = sum(1 << bit for bit, effect in enumerate(found) if effect.helps)
     return claims[content], helps[content]
 
 

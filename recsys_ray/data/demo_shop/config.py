@@ -51,6 +51,11 @@ class RealTexts(Config):
     family: Literal["esci", "icecat", "goodbooks"]
     path: Path
 
+    @property
+    def file(self) -> Path:
+        """The family's table of products."""
+        return self.path / ("books.parquet" if self.family == "goodbooks" else "products.parquet")
+
 
 class DemoShopConfig(Config):
     """A shop, fully: equal configurations (but for `output`) give the same bytes."""
@@ -72,6 +77,8 @@ class DemoShopConfig(Config):
     def _parts_fit(self) -> Self:
         if (self.mode == "semi_synthetic") != (self.texts is not None):
             raise ValueError("texts (family, path) is needed by mode semi_synthetic and by no other")
+        if self.texts is not None and self.image_products:
+            raise ValueError("image_products must be 0 in mode semi_synthetic: pictures are drawn of invented products")
         clarity(self.preset, tuple(self.change.items()))
         return self
 
@@ -81,8 +88,8 @@ class DemoShopConfig(Config):
         return clarity(self.preset, tuple(self.change.items()))
 
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the shop's bytes, apart from the generator itself and the real texts."""
-        return self.model_dump(mode="json", exclude={"output"})
+        """Everything that decides the shop's bytes, apart from the generator itself and the real texts' content."""
+        return self.model_dump(mode="json", exclude={"output": True, "texts": {"path"}})
 
 
 @cache

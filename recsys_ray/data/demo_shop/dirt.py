@@ -10,7 +10,9 @@ from recsys_ray.data.demo_shop.streams import Dice
 PRODUCT_DIRT = ("missing title", "html", "mojibake", "absurd price", "repeated id", "broken line", "missing id")
 REVIEW_DIRT = ("empty", "html", "mojibake", "repeated", "broken line", "missing id", "impossible time")
 ABSURD_PRICES = (9_999_999.99, -4.0, 0.0, "from $12.99 to $1,299.00", "call us", "\u2014")
-ACCENTED = ("Cr\u00e8me fra\u00eeche caf\u00e9 \u2013 d\u00e9j\u00e0 vu", "Fa\u00e7ade \u2019na\u00efve\u2019 \u00fcber \u20ac 5", "ni\u00f1o \u201cma\u00f1ana\u201d")
+ACCENTED = ("Cr\u00e8me fra\u00eeche caf\u00e9 \u2013 d\u00e9j\u00e0 vu",
+            "Fa\u00e7ade \u2019na\u00efve\u2019 \u00fcber \u20ac 5",
+            "ni\u00f1o \u201cma\u00f1ana\u201d")
 
 
 def write(record: dict[str, Any]) -> str:
@@ -21,7 +23,8 @@ def write(record: dict[str, Any]) -> str:
 def dirty_product(record: dict[str, Any], kind: str, roll: Dice) -> list[str]:
     """The lines that a listing leaves when this goes wrong; every listing keeps one line that can be read."""
     if kind == "repeated id":
-        return [write(record), write({**record, "title": (record["title"] or "").upper(), "features": [], "details": {}})]
+        poorer = {**record, "title": record["title"].upper(), "features": [], "details": {}}
+        return [write(record), write(poorer)]
     if kind == "broken line":
         return [write(record), _cut(write(record), roll)]
     if kind == "missing id":
@@ -32,7 +35,7 @@ def dirty_product(record: dict[str, Any], kind: str, roll: Dice) -> list[str]:
         spoiled["description"] = record["description"] or [f"{record['title']}."]
     elif kind == "html":
         spoiled["title"] = f"<b>{record['title']}</b> &amp; more"
-        spoiled["description"] = [f"<p>{text}<br/></p>" for text in record["description"]] or ["<ul><li>New&nbsp;</li></ul>"]
+        spoiled["description"] = [f"<p>{text}<br/></p>" for text in record["description"] or ["New&nbsp;"]]
     elif kind == "mojibake":
         spoiled["title"] = f"{record['title']} {mojibake(roll.pick(ACCENTED))}"
     else:

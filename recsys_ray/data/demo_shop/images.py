@@ -15,7 +15,7 @@ from recsys_ray.data.demo_shop.catalogue import Catalogue
 from recsys_ray.data.demo_shop.config import DemoShopConfig
 from recsys_ray.data.demo_shop.outlines import outline
 from recsys_ray.data.demo_shop.products import Product, products
-from recsys_ray.data.demo_shop.streams import Integers, uniforms
+from recsys_ray.data.demo_shop.streams import uniforms
 from recsys_ray.data.demo_shop.vocabulary import palette
 from recsys_ray.schema import IMAGE
 
@@ -27,7 +27,8 @@ WEAVES = {      # material -> how its surface varies: (grain, period in pixels, 
     "silk": (1, 26, 1, 2, 34), "knit": (4, 6, 1, 0, 20), "chiffon": (2, 30, 1, 0, 14), "leather": (3, 40, 1, 1, 44),
     "velvet": (7, 44, 0, 1, 30), "fleece": (26, 0, 0, 0, 0), "polyester": (1, 4, 0, 1, 6),
     "solid_wood": (5, 9, 0, 1, 18), "veneer": (2, 14, 0, 1, 8), "metal": (1, 30, 1, 0, 40), "glass": (1, 50, 1, 1, 56),
-    "bonded_leather": (3, 36, 1, 1, 40), "boucle": (30, 0, 0, 0, 0), "rattan": (4, 5, 1, 1, 34), "marble": (3, 21, 2, 1, 26),
+    "bonded_leather": (3, 36, 1, 1, 40), "boucle": (30, 0, 0, 0, 0), "rattan": (4, 5, 1, 1, 34),
+    "marble": (3, 21, 2, 1, 26),
 }
 
 
@@ -75,7 +76,7 @@ def draw(product: Product, side: int, noise: float, chance: npt.NDArray[np.float
     ground = np.full((side, side, 3), 214.0 + 36.0 * chance[2])
     picture = mask * cloth * (1 + BRIGHTNESS * (chance[3] - 0.5)) + (1 - mask) * ground
     picture += noise * grain[:, side:, None]
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(picture, 0, 255), np.uint8)
 
 
 def surface(colour: tuple[int, int, int], values: dict[str, str], side: int, grain: Pixels) -> Pixels:
@@ -83,7 +84,7 @@ def surface(colour: tuple[int, int, int], values: dict[str, str], side: int, gra
     base = np.array(colour, np.float64)
     accent = 255 - base * 0.35 if base.mean() < 128 else base * 0.35
     y, x = np.mgrid[0:side, 0:side] * (80 / side)
-    share = pattern(values.get("pattern", "solid"), x, y, grain)[:, :, None]
+    share = pattern(values.get("pattern", "solid"), x, y)[:, :, None]
     cloth = base * (1 - share) + accent * share
     roughness, period, right, down, gloss = WEAVES.get(values.get("material", ""), (3, 0, 0, 0, 0))
     cloth = cloth + (roughness * grain)[:, :, None]
@@ -92,16 +93,17 @@ def surface(colour: tuple[int, int, int], values: dict[str, str], side: int, gra
     return np.asarray(cloth, np.float64)
 
 
-def pattern(name: str, x: Pixels, y: Pixels, grain: Pixels) -> Pixels:
+def pattern(name: str, x: Pixels, y: Pixels) -> Pixels:
     """How much of the accent colour lies at each point, 0 to 1, shape (side, side)."""
-    wave = 2 * np.pi
+    turned = np.arctan2(y % 18 - 9, x % 18 - 9)
+    swirl = np.hypot(x - 40, y - 36) * 2 * np.pi / 22 + 2 * np.arctan2(y - 36, x - 40)
     shapes = {
-        "stripe": lambda: y % 10 < 4,
-        "check": lambda: ((x % 12 < 4).astype(float) + (y % 12 < 4)) / 2,
-        "dots": lambda: (x % 11 - 5.5) ** 2 + (y % 11 - 5.5) ** 2 < 9,
-        "floral": lambda: np.hypot(x % 18 - 9, y % 18 - 9) < 4.5 + 2.5 * np.cos(5 * np.arctan2(y % 18 - 9, x % 18 - 9)),
-        "leopard": lambda: np.abs(np.hypot((x + 3 * np.sin(y / 3)) % 13 - 6, y % 10 - 5) - 3.4) < 1.2,
-        "chevron": lambda: (y + np.abs(x % 16 - 8)) % 12 < 5,
-        "tie_dye": lambda: 0.5 + 0.5 * np.sin(np.hypot(x - 40, y - 36) * wave / 22 + 2 * np.arctan2(y - 36, x - 40)),
+        "stripe": y % 10 < 4,
+        "check": ((x % 12 < 4).astype(float) + (y % 12 < 4)) / 2,
+        "dots": (x % 11 - 5.5) ** 2 + (y % 11 - 5.5) ** 2 < 9,
+        "floral": np.hypot(x % 18 - 9, y % 18 - 9) < 4.5 + 2.5 * np.cos(5 * turned),
+        "leopard": np.abs(np.hypot((x + 3 * np.sin(y / 3)) % 13 - 6, y % 10 - 5) - 3.4) < 1.2,
+        "chevron": (y + np.abs(x % 16 - 8)) % 12 < 5,
+        "tie_dye": 0.5 + 0.5 * np.sin(swirl),
     }
-    return np.asarray(shapes[name](), np.float64) if name in shapes else np.zeros_like(grain)
+    return np.asarray(shapes.get(name, np.zeros_like(x)), np.float64)

@@ -34,8 +34,9 @@ def garment(group: str, values: Mapping[str, str]) -> list[Layer]:
         for side in (-1, 1):
             shoulder, hand = 0.5 + side * 0.16, 0.5 + side * (0.16 + 0.24 * reach)
             low = 0.16 + 0.52 * reach
-            layers.append(([(shoulder, 0.16), (shoulder + side * top * 0.7, 0.16 + top * 0.5), (hand + side * end * 0.5, low),
-                            (hand - side * end * 0.5, low), (shoulder, 0.16 + top * 1.6)], True))
+            layers.append(([(shoulder, 0.16), (shoulder + side * top * 0.7, 0.16 + top * 0.5),
+                            (hand + side * end * 0.5, low), (hand - side * end * 0.5, low),
+                            (shoulder, 0.16 + top * 1.6)], True))
     return layers + neck(values.get("neckline", "crew"))
 
 
@@ -93,10 +94,12 @@ def bottle(group: str, values: Mapping[str, str]) -> list[Layer]:
     shapes: dict[str, list[Layer]] = {
         "jar": [(_box(0.26, 0.48, 0.74, 0.84), True), (_box(0.24, 0.38, 0.76, 0.46), True)],
         "tube": [([(0.32, 0.12), (0.68, 0.12), (0.6, 0.78), (0.4, 0.78)], True), (_box(0.42, 0.8, 0.58, 0.9), True)],
-        "pump": [(_box(0.34, 0.36, 0.66, 0.9), True), (_box(0.46, 0.18, 0.54, 0.36), True), (_box(0.3, 0.16, 0.54, 0.2), True)],
+        "pump": [(_box(0.34, 0.36, 0.66, 0.9), True), (_box(0.46, 0.18, 0.54, 0.36), True),
+                 (_box(0.3, 0.16, 0.54, 0.2), True)],
         "dropper": [(_box(0.36, 0.46, 0.64, 0.9), True), (_box(0.46, 0.14, 0.54, 0.46), True)],
         "refill": [([(0.26, 0.2), (0.74, 0.2), (0.8, 0.9), (0.2, 0.9)], True)],
-        "set": [(_box(0.14, 0.5, 0.38, 0.9), True), (_box(0.42, 0.36, 0.6, 0.9), True), (_box(0.64, 0.56, 0.88, 0.9), True)],
+        "set": [(_box(0.14, 0.5, 0.38, 0.9), True), (_box(0.42, 0.36, 0.6, 0.9), True),
+                (_box(0.64, 0.56, 0.88, 0.9), True)],
         "bundle": [(_box(at, 0.4, at + 0.2, 0.9), True) for at in (0.14, 0.4, 0.66)],
         "travel": [(_box(0.4, 0.56, 0.6, 0.9), True), (_box(0.45, 0.48, 0.55, 0.56), True)],
     }

@@ -58,7 +58,7 @@ def open_market(catalogue: Catalogue, config: DemoShopConfig) -> Market:
     """The market of a catalogue."""
     members = [np.flatnonzero(catalogue.department == number) for number in range(len(catalogue.shares))]
     users = max(50, int(config.reviews / config.clarity.reviews_per_user))
-    return Market(catalogue, members, [np.cumsum(catalogue.weight[mine]) for mine in members], users)
+    return Market(catalogue, members, [np.cumsum(catalogue.fame.weight[mine]) for mine in members], users)
 
 
 def tastes(catalogue: Catalogue, users: npt.ArrayLike) -> Tastes:
@@ -85,10 +85,10 @@ def purchases(market: Market, config: DemoShopConfig, rows: Integers) -> Purchas
         given = permuted(seed, "one review each", place % len(catalogue), len(catalogue))
         product = np.where(product_first, given, product)
         user[product_first] = _buyers(market, config, rows[product_first], given[product_first])
-        about = product = np.where(favourite < config.top_share, catalogue.top, product)
+        about = product = np.where(favourite < config.top_share, catalogue.fame.top, product)
     affinity = affinities(catalogue, tastes(catalogue, user), product[:, None])[:, 0]
     rating = _ratings(catalogue, config, product, affinity, uniforms(seed, "ratings", rows, 3))
-    launch = catalogue.launch[product]
+    launch = catalogue.fame.launch[product]
     when = np.where(moment > launch, moment, launch + (1 - launch) * later)
     return Purchases(rows, user, product, when, rating, generic < config.clarity.generic_share, about)
 
@@ -121,7 +121,7 @@ def _chosen(market: Market, config: DemoShopConfig, rows: Integers, user: Intege
     for number, (mine, cumulative) in enumerate(zip(market.members, market.cumulative, strict=True)):
         here = np.flatnonzero(shelf == number)
         met[here] = mine[weighted(cumulative, chance[here])]
-    not_yet = catalogue.launch[met] > moment[:, None]
+    not_yet = catalogue.fame.launch[met] > moment[:, None]
     worth = config.clarity.taste * affinities(catalogue, who, met) + _whims(config, rows) - 50.0 * not_yet
     return np.asarray(met[np.arange(len(rows)), worth.argmax(axis=1)])
 
@@ -146,5 +146,5 @@ def _ratings(catalogue: Catalogue, config: DemoShopConfig, product: Integers, af
              ) -> npt.NDArray[np.int8]:
     planted = 0.0 if config.mode == "null" else 1.0
     noise = np.sqrt(12 / 3) * (chance.sum(axis=1) - 1.5)        # nearly standard normal
-    satisfaction = planted * (0.5 * catalogue.quality[product] + 0.15 * (affinity - 1.0)) + 0.9 * noise
-    return (1 + np.searchsorted(RATING_STEPS, satisfaction)).astype(np.int8)
+    satisfaction = planted * (0.5 * catalogue.fame.quality[product] + 0.15 * (affinity - 1.0)) + 0.9 * noise
+    return np.asarray(1 + np.searchsorted(RATING_STEPS, satisfaction), np.int8)

@@ -49,7 +49,7 @@ def products(catalogue: Catalogue, numbers: Integers, *, with_recipes: bool = Fa
     for number, place, kind, values, brand, line, claims, helps, price, original in columns:
         department = departments()[place]
         found.append(Product(number, department, department.kinds[kind], tuple(values[:len(department.facets)]),
-                             brand_name(place, brand), line_name(place, line), _set_bits(claims), _set_bits(helps),
+                             brand_name(place, brand), line_name(place, line), set_bits(claims), set_bits(helps),
                              price, tuple(listed.get(original, ()))))
     return found
 
@@ -60,7 +60,8 @@ def _recipes_of(catalogue: Catalogue, content: Integers) -> dict[int, list[str]]
     return dict(zip(beauty.tolist(), made, strict=True))
 
 
-def _set_bits(mask: int) -> tuple[int, ...]:
+def set_bits(mask: int) -> tuple[int, ...]:
+    """The positions of the ones among the lowest eight bits."""
     return tuple(bit for bit in range(8) if mask >> bit & 1)
 
 
@@ -80,7 +81,8 @@ def line_name(department: int, line: int) -> str:
     known = names()
     if departments()[department].key == "books":
         adjective, noun = divmod(line, len(known["title_nouns"]))
-        return f"The {known['title_adjectives'][adjective % len(known['title_adjectives'])]} {known['title_nouns'][noun]}"
+        adjectives = known["title_adjectives"]
+        return f"The {adjectives[adjective % len(adjectives)]} {known['title_nouns'][noun]}"
     first, second = divmod(line, len(known["line_seconds"]))
     word = known["lines"][first % len(known["lines"])]
     return word if line % 3 else f"{word} {known['line_seconds'][second]}"
@@ -94,7 +96,8 @@ class Standing:
     rating_sum: Integers
 
 
-def listings(catalogue: Catalogue, config: DemoShopConfig, numbers: Integers, standing: Standing) -> list[dict[str, Any]]:
+def listings(catalogue: Catalogue, config: DemoShopConfig, numbers: Integers, standing: Standing
+             ) -> list[dict[str, Any]]:
     """The metadata records of some products."""
     content = catalogue.content[numbers]
     ids = catalogue.ids(numbers)
@@ -189,7 +192,8 @@ def _description(product: Product, roll: Dice) -> list[str]:
     said = _said(product, roll, 0.6)
     sentences = [f"{product.line} {product.kind.words.catalogue[0].lower()} by {product.brand}."]
     sentences += [f"Comes in {one[1]} and {two[1]}." for one, two in list(pairwise(said))[::2]]
-    sentences += [f"Formulated with {formulary().concerns[at].words.catalogue[-1].lower()} action." for at in product.claims]
+    aims = [formulary().concerns[at].words.catalogue[-1].lower() for at in product.claims]
+    sentences += [f"Formulated with {aim} action." for aim in aims]
     if product.ingredients and roll.chance(0.4):
         sentences.append("Ingredients: " + ", ".join(product.ingredients) + ".")
     sentences.append(roll.pick(spoken["marketing"]))

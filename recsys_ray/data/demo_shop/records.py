@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from recsys_ray.data.demo_shop.people import Market, Purchases, purchases
 from recsys_ray.data.demo_shop.queries import LABELS, GradedQuery
 from recsys_ray.data.demo_shop.reviews import Told
 from recsys_ray.data.demo_shop.stock import Stock
-from recsys_ray.data.demo_shop.streams import bits, dice, user_ids
+from recsys_ray.data.demo_shop.streams import Integers, bits, dice, user_ids
 from recsys_ray.data.demo_shop.survey import Survey, chunks, time_ms
 from recsys_ray.data.demo_shop.truth import TruthWriter
 from recsys_ray.data.sources.blocks import review_id
@@ -31,7 +31,7 @@ QUERY_BATCH = 256
 
 
 @contextmanager
-def gzip_lines(path: Path) -> Iterator[IO[bytes]]:
+def gzip_lines(path: Path) -> Iterator[gzip.GzipFile]:
     """A gzip file to write to, whose bytes depend on its content alone (no name, no time inside)."""
     with path.open("wb") as raw, gzip.GzipFile("", "wb", compresslevel=4, fileobj=raw, mtime=0) as stream:
         yield stream
@@ -61,7 +61,7 @@ def _image(product_id: str) -> dict[str, Any]:
     return {"thumb": None, "large": f"images/{product_id}.jpg", "variant": "MAIN", "hi_res": None}
 
 
-def _with_dirty_products(records: list[dict[str, Any]], numbers: Any, config: DemoShopConfig
+def _with_dirty_products(records: list[dict[str, Any]], numbers: Integers, config: DemoShopConfig
                          ) -> tuple[list[str], list[dict[str, Any]]]:
     lines: list[str] = []
     spoiled = []
@@ -118,11 +118,11 @@ def review_records(stock: Stock, bought: Purchases, told: list[Told], config: De
 def _tell_reviews(stock: Stock, bought: Purchases, told: list[Told], records: list[dict[str, Any]],
                   kinds: list[str | None], truth: TruthWriter) -> None:
     ids = [read_review_id(record) for record in records]
-    empty = np.array([kind == "empty" for kind in kinds])
     truth.add_columns("reviews", {
         "review_id": ids, "product_id": [record["parent_asin"] for record in records],
         "user_id": [record["user_id"] for record in records],
-        "timestamp_ms": [record["timestamp"] for record in records], "generic": bought.generic | empty,
+        "timestamp_ms": [record["timestamp"] for record in records],
+        "generic": [words.generic or kind == "empty" for words, kind in zip(told, kinds, strict=True)],
         "duplicate": [kind == "repeated" for kind in kinds], "says_kind": [words.says_kind for words in told],
         "facets": pa.array([words.facets for words in told], pa.list_(pa.string())),
         "concern": pa.array([words.concern for words in told], pa.string()),

@@ -20,6 +20,7 @@ class Told:
     says_kind: bool
     facets: tuple[str, ...]         # attributes spoken of, truly or not
     concern: str | None             # the concern spoken of
+    generic: bool = False           # fits any product
 
 
 def mood_of(rating: int) -> str:
@@ -36,7 +37,7 @@ def generic_review(rating: int, roll: Dice) -> Told:
     while roll.chance(0.3) and len(parts) < 5:
         parts.append(roll.pick(spoken["generic_more"]))
     text = " ".join(part if part[-1] in ".!" else part + "." for part in parts)
-    return Told(roll.pick(spoken["titles"][mood]), _register(text, roll, 0.05), False, (), None)
+    return Told(roll.pick(spoken["titles"][mood]), register(text, roll, 0.05), False, (), None, generic=True)
 
 
 def told_review(product: Product, wants: Sequence[int], rating: int, clear: Clarity, roll: Dice) -> Told:
@@ -62,7 +63,7 @@ def told_review(product: Product, wants: Sequence[int], rating: int, clear: Clar
     if roll.chance(0.3):
         sentences.append(roll.pick(spoken["closers"][mood]))
     title = _title(product, facets, kind, clear, roll, mood)
-    text = _register(" ".join([opener, *sentences]), roll, clear.typo)
+    text = register(" ".join([opener, *sentences]), roll, clear.typo)
     return Told(title, text, says_kind, tuple(product.department.facets[at].key for at in facets), concern)
 
 
@@ -108,7 +109,7 @@ def _title(product: Product, facets: Sequence[int], kind: str, clear: Clarity, r
     return str(title[0].upper() + title[1:])
 
 
-def _register(text: str, roll: Dice, typo: float) -> str:
+def register(text: str, roll: Dice, typo: float) -> str:
     """The way this reviewer types."""
     if typo and roll.chance(typo):
         for right, wrong in phrases()["typos"].items():

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from recsys_ray.data.demo_shop.catalogue import Catalogue, build_catalogue
 from recsys_ray.data.demo_shop.config import DemoShopConfig
 from recsys_ray.data.demo_shop.images import write_images
 from recsys_ray.data.demo_shop.people import Purchases, tastes
-from recsys_ray.data.demo_shop.products import Standing, listings, products
+from recsys_ray.data.demo_shop.products import Standing, listings, products, set_bits
 from recsys_ray.data.demo_shop.queries import GradedQuery, graded_queries
 from recsys_ray.data.demo_shop.reviews import Told, generic_review, told_review
 from recsys_ray.data.demo_shop.streams import Integers, dice
@@ -65,8 +63,7 @@ class PlantedStock:
     def told(self, bought: Purchases) -> list[Told]:
         """The words of some reviews."""
         rolls = dice(self.config.seed, "words", bought.row)
-        wants = [tuple(np.flatnonzero(mask >> np.arange(8) & 1)) for mask in
-                 tastes(self.catalogue, bought.user).concerns.tolist()]
+        wants = [set_bits(mask) for mask in tastes(self.catalogue, bought.user).concerns.tolist()]
         clear = self.config.clarity
         return [generic_review(rating, roll) if generic else told_review(product, mine, rating, clear, roll)
                 for product, mine, rating, generic, roll in

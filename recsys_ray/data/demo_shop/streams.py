@@ -30,7 +30,8 @@ def stream_key(seed: int, stream: str) -> int:
 
 def bits(seed: int, stream: str, rows: npt.ArrayLike, width: int) -> Words:
     """Random uint64, shape (len(rows), width); row r always gets the same ones."""
-    counter = np.asarray(rows, np.uint64)[:, None] * np.uint64(width) + np.arange(width, dtype=np.uint64)
+    columns: Words = np.arange(width, dtype=np.uint64)
+    counter: Words = np.asarray(rows, dtype=np.uint64)[:, None] * np.uint64(width) + columns
     return _mix(_mix(counter) + np.uint64(stream_key(seed, stream)))
 
 
@@ -127,7 +128,8 @@ def dice(seed: int, stream: str, rows: npt.ArrayLike, width: int = 48) -> list[D
 
 def weighted(cumulative: Floats, uniform: Floats) -> Integers:
     """Positions drawn in proportion to weights, given their running sum, for uniform numbers of any shape."""
-    return np.minimum(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"), len(cumulative) - 1)
+    places = np.searchsorted(cumulative, uniform * cumulative[-1], side="right")
+    return np.asarray(np.minimum(places, len(cumulative) - 1), np.int64)
 
 
 def shares(weights: Mapping[str, float]) -> Floats:

@@ -11,7 +11,7 @@ from recsys_ray.data.demo_shop.catalogue import Catalogue
 from recsys_ray.data.demo_shop.config import DemoShopConfig
 from recsys_ray.data.demo_shop.formulas import effects
 from recsys_ray.data.demo_shop.people import tastes
-from recsys_ray.data.demo_shop.products import Product, products
+from recsys_ray.data.demo_shop.products import Product, products, set_bits
 from recsys_ray.data.demo_shop.streams import Integers, uniforms, user_ids
 from recsys_ray.data.demo_shop.survey import Survey, time_ms
 from recsys_ray.data.demo_shop.vocabulary import departments, formulary
@@ -33,7 +33,7 @@ def product_rows(catalogue: Catalogue, numbers: Integers, survey: Survey, imaged
             "product_id": ids[place], "department": product.department.key, "kind": product.kind.key,
             "kind_group": product.kind.group, **{facet: attributes.get(facet) for facet in VISUAL},
             "visible": number < imaged, "attributes": list(attributes.items()), "brand": product.brand,
-            "line": product.line, "price_cents": product.price_cents, "quality": float(catalogue.quality[number]),
+            "line": product.line, "price_cents": product.price_cents, "quality": float(catalogue.fame.quality[number]),
             "duplicate_group": groups[place], "cold": bool(survey.cold[number]),
             "first_review_ms": first[place] if seen else None,
             "num_reviews": int(survey.standing.reviews[number]),
@@ -43,8 +43,8 @@ def product_rows(catalogue: Catalogue, numbers: Integers, survey: Survey, imaged
 
 def attributes_of(product: Product) -> Mapping[str, str]:
     """Facet -> value of the attributes a product has."""
-    return {facet.key: facet.values[value] for facet, value in zip(product.department.facets, product.values, strict=True)
-            if value >= 0}
+    facets = zip(product.department.facets, product.values, strict=True)
+    return {facet.key: facet.values[value] for facet, value in facets if value >= 0}
 
 
 def concern_keys(places: tuple[int, ...]) -> list[str]:
@@ -82,5 +82,5 @@ def user_rows(catalogue: Catalogue, users: Integers) -> list[dict[str, Any]]:
             "user_id": name, "department": department.key,
             "kind": department.kinds[int(who.kind[at] * len(department.kinds))].key,
             "price_level": float(who.price[at]), "likes": list(liked.items()), "weights": list(weights.items()),
-            "concerns": concern_keys(tuple(bit for bit in range(8) if int(who.concerns[at]) >> bit & 1))})
+            "concerns": concern_keys(set_bits(int(who.concerns[at])))})
     return rows

@@ -11,10 +11,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from recsys_ray.artifacts import write_text
+from recsys_ray.artifacts import sha256_of, write_text
 from recsys_ray.data.demo_shop.config import DemoShopConfig, DemoShopError
 from recsys_ray.data.demo_shop.identity import GENERATOR_VERSION, generator_hash
 from recsys_ray.data.demo_shop.people import open_market
+from recsys_ray.data.demo_shop.real_texts import RealStock
 from recsys_ray.data.demo_shop.records import write_products, write_queries, write_reviews, write_users
 from recsys_ray.data.demo_shop.stock import PlantedStock, Stock
 from recsys_ray.data.demo_shop.survey import take_survey
@@ -49,9 +50,10 @@ def make_demo_shop(config: DemoShopConfig) -> Path:
 def _made_before(output: Path, config: DemoShopConfig) -> bool:
     if not output.exists():
         return False
+    wanted = _identity(config)
     try:
         known = json.loads((output / SHOP_FILE).read_text(encoding="utf-8"))
-        return bool(all(known[key] == value for key, value in _identity(config).items()))
+        return bool(all(known[key] == value for key, value in wanted.items()))
     except (OSError, ValueError, KeyError, TypeError):
         if any(output.iterdir()):
             raise DemoShopError(f"{output}: not empty and no demo shop ({SHOP_FILE} is missing or unreadable); "
@@ -60,7 +62,12 @@ def _made_before(output: Path, config: DemoShopConfig) -> bool:
 
 
 def _identity(config: DemoShopConfig) -> dict[str, Any]:
-    return {"generator_version": GENERATOR_VERSION, "generator_hash": generator_hash(), "config": config.identity()}
+    identity = {"generator_version": GENERATOR_VERSION, "generator_hash": generator_hash(), "config": config.identity()}
+    if config.texts is not None:
+        if not config.texts.file.is_file():
+            raise DemoShopError(f"texts.path: {config.texts.file} is missing; name the folder that holds it")
+        identity["texts_sha256"] = sha256_of(config.texts.file)
+    return identity
 
 
 def _replace_directory(partial: Path, output: Path) -> None:
@@ -74,7 +81,7 @@ def _replace_directory(partial: Path, output: Path) -> None:
 
 def open_stock(config: DemoShopConfig) -> Stock:
     """What the shop sells."""
-    return PlantedStock(config)
+    return RealStock(config) if config.mode == "semi_synthetic" else PlantedStock(config)
 
 
 def _write_shop(root: Path, config: DemoShopConfig) -> None:
