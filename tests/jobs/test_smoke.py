@@ -1,0 +1,201 @@
+"""Every job on its demo configuration, one after another on one small shop: `test_<job>` for each file in jobs/."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow.parquet as pq
+import pytest
+
+from recsys_ray.artifacts import Manifest, current_version, list_versions, open_artifact
+from recsys_ray.config import main
+
+pytestmark = pytest.mark.ray
+REPO = Path(__file__).resolve().parents[2]
+SHOP = ("products=500", "reviews=3000", "queries=20", "image_products=5")
+DEMO = Path("runs/demo")
+SYSTEMS = ("bm25", "dense", "hybrid")
+QUERY_SETS = {"test": "demo", "queries": "demo_queries"}
+
+
+def run_job(name: str, *overrides: str, config: str = "demo") -> int:
+    """The exit status of a job, run in this process as its command line runs it."""
+    spec = importlib.util.spec_from_file_location(f"job_{name}", REPO / "jobs" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return main(module.JobConfig, module.run, ["--config", str(REPO / "configs" / name / f"{config}.yaml"), *overrides])
+
+
+def manifest(path: str, kind: str) -> Manifest:
+    return open_artifact(DEMO / path, kind).manifest
+
+
+def versions() -> dict[str, str | None]:
+    """The current version of every artefact of the run."""
+    return {str(path.parent): current_version(path.parent) for path in sorted(DEMO.rglob("CURRENT"))}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def flow(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, int]]:
+    """The exit status of each step from the shop to the report, run in an empty working directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("work"))
+        status = {"make_demo_shop": run_job("make_demo_shop", *SHOP)}
+        for stage in ("prepare", "embed", "build_index"):
+            status[stage] = run_job(stage)
+        for queries, config in QUERY_SETS.items():
+            for system in SYSTEMS:
+                status[f"retrieve_candidates {system}-{queries}"] = run_job(
+                    "retrieve_candidates", f"output={DEMO}/candidates/{system}-{queries}", f"retriever.mode={system}",
+                    config=config)
+        for config in ("demo", "demo_queries"):
+            status[f"evaluate {config}"] = run_job("evaluate", "samples=200", config=config)
+        status["write_report"] = run_job("write_report")
+        yield status
+
+
+def test_every_job_is_covered_and_every_step_succeeded(flow: dict[str, int]) -> None:
+    tests = {name.removeprefix("test_") for name in globals()}
+    jobs = {path.stem for path in (REPO / "jobs").glob("*.py")}
+    assert jobs
+    assert jobs <= tests, f"without a test here: {sorted(jobs - tests)}"
+    assert flow == dict.fromkeys(flow, 0)
+
+
+def test_make_demo_shop() -> None:
+    assert json.loads((DEMO / "shop/public/shop.json").read_text())["counts"]["images"] == 5
+    assert pq.read_metadata(DEMO / "shop/truth/queries.parquet").num_rows == 20
+
+
+def test_prepare() -> None:
+    prepared = manifest("prepared", "prepared")
+    products, texts = prepared.rows("products/"), prepared.rows("product_text/")
+    assert 450 <= products == texts
+    assert prepared.rows("quarantine/") > 0     # the shop plants rows that nobody can use
+    assert {name: prepared.rows(f"reviews/{name}/") > 0 for name in ("train", "valid", "test")} == {
+        "train": True, "valid": True, "test": True}
+
+
+def test_embed() -> None:
+    embedded = manifest("embeddings", "embeddings")
+    assert embedded.rows("vectors/") == manifest("prepared", "prepared").rows("products/")
+    assert embedded.facts["dimension"] == 384
+
+
+def test_build_index() -> None:
+    index = manifest("index", "index")
+    assert index.facts["live_rows"] == manifest("prepared", "prepared").rows("products/")
+    assert index.facts["encoder"] == manifest("embeddings", "embeddings").facts["encoder"]
+
+
+@pytest.mark.parametrize("queries", QUERY_SETS)
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_retrieve_candidates(system: str, queries: str) -> None:
+    found = open_artifact(DEMO / "candidates" / f"{system}-{queries}", "candidates")
+    asked = set(pq.read_table(found.path / "queries.parquet").column("query_id").to_pylist())
+    rows = [pq.read_table(path) for path in sorted(found.path.glob("candidates-*.parquet"))]
+    answered = {one for table in rows for one in table.column("query_id").to_pylist()}
+    assert len(asked) == (20 if queries == "queries" else manifest("prepared", "prepared").rows("reviews/test/"))
+    assert answered <= asked
+    assert answered == asked or system == "bm25"    # only the lexical search may find nothing
+    assert max(rank for table in rows for rank in table.column("rank").to_pylist()) == 100
+
+
+def test_evaluate() -> None:
+    for name, primary in (("queries", "nDCG@10"), ("reviews", "Recall@10")):
+        evaluation = open_artifact(DEMO / "evaluation" / name, "evaluation")
+        metrics = json.loads((evaluation.path / "metrics.json").read_text())
+        assert {*SYSTEMS, "popularity"} <= set(metrics["systems"])
+        assert metrics["primary"] == primary
+
+
+def test_write_report() -> None:
+    page = (DEMO / "report/index.html").read_text("utf-8")
+    assert "The demo shop, from raw files to answers" in page
+    assert json.loads((DEMO / "report/report.json").read_text())["tables"]
+
+
+def test_realism_card() -> None:
+    assert run_job("realism_card", "sample=50") == 0
+    assert json.loads((DEMO / "realism.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def compacted(flow: dict[str, int]) -> tuple[Manifest, Manifest]:
+    """An index of several segments at runs/demo/segmented, before and after its compaction."""
+    assert run_job("build_index", f"output={DEMO}/segmented", "rows_per_segment=200") == 0
+    before = manifest("segmented", "index")
+    assert run_job("compact_index", f"index={DEMO}/segmented") == 0
+    return before, manifest("segmented", "index")
+
+
+def test_compact_index(compacted: tuple[Manifest, Manifest]) -> None:
+    before, after = compacted
+    assert len(before.facts["segments"]) > len(after.facts["segments"]) == 1
+    assert after.facts["live_rows"] == before.facts["live_rows"]
+
+
+def test_rollback(compacted: tuple[Manifest, Manifest]) -> None:
+    before, after = compacted
+    assert run_job("rollback", f"root={DEMO}/segmented") == 0
+    assert current_version(DEMO / "segmented") == before.version
+    assert run_job("rollback", f"root={DEMO}/segmented", f"version={after.version}") == 0
+    assert current_version(DEMO / "segmented") == after.version
+    assert len(list_versions(DEMO / "segmented")) == 2
+
+
+def test_serve() -> None:
+    port, answers = free_port(), []
+    client = threading.Thread(target=ask_then_stop, args=(f"http://127.0.0.1:{port}", answers))
+    client.start()
+    assert run_job("serve", f"port={port}", "encoder=null", "retriever.mode=bm25") == 0   # run_shop serves with it
+    client.join()
+    assert answers[0]["shards_answered"] == answers[0]["shards_total"]
+    assert len(answers[0]["items"]) == 5
+
+
+def ask_then_stop(url: str, answers: list[dict[str, Any]]) -> None:
+    """Ask the service once it is ready, and tell this process to stop serving."""
+    deadline = time.monotonic() + 90
+    try:
+        while time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{url}/readyz", timeout=10).status_code == 200:
+                    break
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.3)
+        answers.append(httpx.post(f"{url}/v1/search", json={"query": "a couch", "k": 5}, timeout=30).json())
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_run_shop(capsys: pytest.CaptureFixture[str]) -> None:
+    """Everything is there already, so the whole flow makes nothing anew, and still answers its questions."""
+    before = versions()
+    assert before
+    assert run_job("run_shop", *(f"flow.shop.{one}" for one in SHOP), f"serve.port={free_port()}") == 0
+    now = versions()
+    assert {path: now[path] for path in before if "evaluation" not in path} == {
+        path: version for path, version in before.items() if "evaluation" not in path}
+    assert "couch for a small flat" in capsys.readouterr().out
