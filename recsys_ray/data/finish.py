@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from recsys_ray.artifacts import FileEntry, file_entry, write_table
-from recsys_ray.data.audit import Counts, field_counts, review_counts
+from recsys_ray.data.audit import Counts, category_counts, field_counts, review_counts
 from recsys_ray.data.buckets import Part, ReviewStatistics, first_per_group, gather, gather_all
 from recsys_ray.data.dedup import one_row_per_id
 from recsys_ray.data.keywords import review_keywords
@@ -73,16 +73,17 @@ def finish_bucket(job: BucketJob, bucket: int) -> BucketResult:
                               ("rows", "products set aside: duplicate id"): conflicts.num_rows,
                               ("duplicates", "products, exact repetitions"): repeated})
     files = []
-    reviews = _Reviews(job, bucket, products["row_id"].to_numpy())
+    reviews = _Reviews(job, bucket, products)
     if job.cuts is not None:
         files += _write_reviews(reviews, staging, name, counts, set_aside)
     grouped = [(job.groups[row], bool(cold)) for row, cold in zip(reviews.row_ids.tolist(), reviews.cold, strict=True)
                if row in job.groups]
     finished = _finished_products(products, job, reviews)
     texts = product_texts(finished, reviews.keywords(), job.limits.text)
-    fed = [review for one in texts["keyword_review_ids"].to_pylist() for review in one]
+    fed = {review for one in texts["keyword_review_ids"].to_pylist() for review in one}
     check_no_leak(fed, reviews.later, f"product_text/{name}")
-    counts["leaks", "later reviews that fed item text"] += 0
+    counts["leaks", "reviews that fed item text"] += len(fed)
+    counts["leaks", "later reviews that fed item text"] += len(fed & reviews.later)
     counts.update(field_counts(finished))
     files += [write_table(staging, f"products/{name}", finished),
               write_table(staging, f"product_text/{name}", conform(texts, PRODUCT_TEXT, "product_text")),
@@ -106,8 +107,10 @@ def _finished_products(products: pa.Table, job: BucketJob, reviews: _Reviews) ->
 class _Reviews:
     """The reviews of one bucket: what a first reading of their ids and times tells about its products."""
 
-    def __init__(self, job: BucketJob, bucket: int, rows: Ints) -> None:
+    def __init__(self, job: BucketJob, bucket: int, products: pa.Table) -> None:
+        rows = products["row_id"].to_numpy()
         self.job, self.bucket, self.row_ids = job, bucket, rows
+        self.categories = products["category"]
         self.stats = ReviewStatistics(rows)
         self.variants: dict[int, set[str]] = {}
         self.later: set[str] = set()            # ids of valid and test reviews
@@ -182,6 +185,7 @@ def _write_reviews(reviews: _Reviews, staging: Path, name: str, counts: Counts,
         set_aside.append(bad)
         reviews.take_in(finished, places)
         counts.update(review_counts(finished))
+        counts.update(category_counts(finished["split"], reviews.categories.take(pa.array(places))))
         for split in SPLITS:
             part = finished.filter(pc.equal(finished["split"], split)).sort_by(
                 [("row_id", "ascending"), ("timestamp_ms", "ascending"), ("review_id", "ascending")])

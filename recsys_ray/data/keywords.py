@@ -29,7 +29,7 @@ money price worth value quality star stars review reviews seller shipping shippe
 day days week weeks month months year years one two three first second last again also still even ever never always
 would could should might may will can cant dont didnt doesnt isnt wasnt wont couldnt say said think thought know knew
 make makes made making want wanted need needed give gave feel feels felt look looks looked looking see saw seem seems
-way well back put keep kept going went go
+way well back put keep kept going went go did does doing done just finally especially maybe
 """.split())  # noqa: SIM905 - a list of two hundred quoted words is no easier to read
 
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from recsys_ray import runtime
 from recsys_ray.artifacts import Artifact, FileEntry, Staging, find_artifact, stage, sweep_staging, write_table
 from recsys_ray.config import Config, fingerprint
-from recsys_ray.data.audit import Counts, audit_table, merged
+from recsys_ray.data.audit import Counts, audit_table, merged, unused_values
 from recsys_ray.data.buckets import Part, gather_all, scatter
 from recsys_ray.data.dedup import (
     BANDS,
@@ -45,7 +45,7 @@ from recsys_ray.runtime import RayConfig
 log = logging.getLogger(__name__)
 
 KIND = "prepared"
-STAGE_VERSION = 2       # raise it when the same inputs would give other tables
+STAGE_VERSION = 3       # raise it when the same inputs would give other tables
 TASK_CPUS = 0.9
 SCRATCH = "scratch"
 _PARTICULAR = re.compile(r"[:('\"\d]| at ")     # where a reason begins to speak of one row
@@ -167,7 +167,9 @@ def _scatter_products(config: PrepareConfig, scratch: str, raw: pa.Table) -> _Bl
     return _Block(
         part=scatter(clean, bucket_of(row_ids, config.num_buckets), Path(scratch) / "products"),
         bands=scatter(bands, bucket_of(bands["band"].to_numpy(), config.num_buckets), Path(scratch) / "bands"),
-        quarantine=_set_aside(bad, scratch), counts=_row_counts("products", raw.num_rows, bad))
+        quarantine=_set_aside(bad, scratch),
+        counts=(*_row_counts("products", raw.num_rows, bad),
+                *((section, name, count) for (section, name), count in unused_values(raw, clean).items())))
 
 
 def _scatter_reviews(config: PrepareConfig, scratch: str, raw: pa.Table) -> _Block:
@@ -236,13 +238,12 @@ def _publish(config: PrepareConfig, staging: Staging, scattered: _Scattered, res
     counts["duplicates", "products with a near-duplicate"] = sum(len(one.grouped) for one in results)
     counts["duplicates", "near-duplicates across splits"] = _across_splits(results)
     products = counts["rows", "products kept"]
-    notes = {"near-duplicates across splits": "cold products with a near-duplicate that has train reviews"}
-    audit = staging.write_table("audit/audit.parquet", audit_table(counts, products, notes))
+    audit = staging.write_table("audit/audit.parquet", audit_table(counts, products))
     files = [*scattered.quarantine, *(entry for one in results for entry in one.files), audit]
     facts = {"num_buckets": config.num_buckets, "template": config.text.template,
              "cuts": None if cuts is None else {"train_end_ms": cuts[0], "valid_end_ms": cuts[1]},
              "counts": {f"{section}/{name}": count for (section, name), count in sorted(counts.items())
-                        if section in ("rows", "duplicates", "splits", "leaks")}}
+                        if section in ("rows", "values", "duplicates", "splits", "leaks")}}
     return staging.commit(list({entry.path: entry for entry in files}.values()), config=config, facts=facts)
 
 

@@ -7,7 +7,15 @@ from math import log
 import pyarrow as pa
 import pytest
 
-from recsys_ray.data.audit import audit_table, field_counts, merged, review_counts, stability_index
+from recsys_ray.data.audit import (
+    audit_table,
+    category_counts,
+    field_counts,
+    merged,
+    review_counts,
+    stability_index,
+    unused_values,
+)
 from recsys_ray.schema import AUDIT, PRODUCT, REVIEW
 
 PRODUCTS = pa.Table.from_pylist([
@@ -53,11 +61,17 @@ def test_table_has_shares_counts_and_drift() -> None:
     two = reviews(("train", 5.0, "a", False), ("valid", 1.0, "a", False))
     counts = merged([field_counts(PRODUCTS), review_counts(two)])
     counts["rows", "products kept"] = 3
-    table = audit_table(counts, 3, {"products kept": "why"})
+    counts["values", "prices not used"] = 2
+    counts.update(category_counts(pa.chunked_array([["train", "train", "test"]]), pa.array(["Mugs", None, "Mugs"])))
+    table = audit_table(counts, 3)
     assert table.schema == AUDIT
     rows = {(row["section"], row["name"]): row for row in table.to_pylist()}
     assert rows["fields", "title"]["value"] == pytest.approx(2 / 3)
-    assert rows["rows", "products kept"]["note"] == "why"
+    assert rows["rows", "products kept"]["note"] is None
+    assert "absurd" in rows["values", "prices not used"]["note"]
+    # Mugs and none: 1.5/3 each in train, 1.5/2 and .5/2 in test
+    assert rows["drift", "review category, test"]["value"] == pytest.approx(.25 * log(1.5) - .25 * log(.5))
+    assert not any(section == "category" for section, _ in rows)
     assert rows["drift", "review length, valid"]["value"] == 0
     assert rows["drift", "review rating, valid"]["value"] == pytest.approx(log(3))     # 1.5/2 and .5/2: 2 * .5 * ln 3
     assert ("drift", "review rating, test") not in rows        # no test reviews
@@ -66,3 +80,12 @@ def test_table_has_shares_counts_and_drift() -> None:
 def test_counts_of_buckets_add_up() -> None:
     counts = review_counts(reviews(("train", 5.0, "a", False)))
     assert merged([counts, counts])["splits", "train"] == 2
+
+
+def test_values_that_were_given_and_not_used_are_counted_for_kept_rows_alone() -> None:
+    raw = pa.table({"_source": ["f:1", "f:2", "f:3", "f:4", "f:5"], "price": ["$5", "0", "None", None, "-3"],
+                    "released": ["2019", "week 3", "", None, "week 9"]})
+    clean = pa.table({"_source": ["f:1", "f:2", "f:3", "f:4"], "price_cents": pa.array([500, None, None, None]),
+                      "released_ms": pa.array([1, None, None, None])})     # f:5 was set aside
+    assert unused_values(raw, clean) == {("values", "prices not used"): 1, ("values", "dates not used"): 1}
+    assert set(unused_values(raw.slice(0, 0), clean.slice(0, 0)).values()) == {0}
