@@ -83,7 +83,8 @@ def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_the_lines_have_the_fields_of_amazon_reviews_2023(shop: Path) -> None:
-    product, review = readable(shop / "public/meta_Demo_Shop.jsonl.gz")[0], readable(shop / "public/Demo_Shop.jsonl.gz")[0]
+    product = readable(shop / "public/meta_Demo_Shop.jsonl.gz")[0]
+    review = readable(shop / "public/Demo_Shop.jsonl.gz")[0]
     assert set(product) == {"main_category", "title", "average_rating", "rating_number", "features", "description",
                             "price", "images", "videos", "store", "categories", "details", "parent_asin",
                             "bought_together"}
@@ -166,7 +167,8 @@ def test_repeated_listings_share_what_the_product_is_under_another_id(shop: Path
     for row in copies:
         original = rows[row["duplicate_group"]]
         assert original["duplicate_group"] == original["product_id"]
-        assert (row["kind"], row["attributes"], row["helps"]) == (original["kind"], original["attributes"], original["helps"])
+        for name in ("kind", "attributes", "helps", "line"):
+            assert row[name] == original[name]
 
 
 def test_images_are_small_decodable_pictures_of_listed_products(shop: Path) -> None:
@@ -175,7 +177,8 @@ def test_images_are_small_decodable_pictures_of_listed_products(shop: Path) -> N
     assert table.num_rows == SMALL["image_products"]
     for data in table["data"].to_pylist():
         assert Image.open(io.BytesIO(data)).size == (40, 40)
-    named = {image["large"] for record in readable(shop / "public/meta_Demo_Shop.jsonl.gz") for image in record["images"]}
+    records = readable(shop / "public/meta_Demo_Shop.jsonl.gz")
+    named = {image["large"] for record in records for image in record["images"]}
     assert {f"images/{one}" for one in table["image_id"].to_pylist()} == named
     visible = pc.sum(pq.read_table(shop / "truth/products.parquet")["visible"]).as_py()
     assert visible == SMALL["image_products"]

@@ -29,7 +29,8 @@ MAY_SPEAK_OF_TRUTH = ("data/demo_shop/", "data/sources/", "evaluation/")
 
 
 def config(**changes: object) -> DemoShopConfig:
-    return DemoShopConfig.model_validate({"output": "unused", "products": 2000, "reviews": 6000, "queries": 40, **changes})
+    sizes = {"output": "unused", "products": 2000, "reviews": 6000, "queries": 40}
+    return DemoShopConfig.model_validate({**sizes, **changes})
 
 
 # --- random numbers by address ---------------------------------------------------------------------
@@ -144,7 +145,8 @@ def test_shoppers_use_other_words_than_the_catalogue() -> None:
 
 
 def test_generic_reviews_name_nothing() -> None:
-    told = [generic_review(rating, one) for rating, one in zip([1, 3, 5] * 100, dice(7, "some", np.arange(300)), strict=True)]
+    rolls = dice(7, "some", np.arange(300))
+    told = [generic_review(rating, one) for rating, one in zip([1, 3, 5] * 100, rolls, strict=True)]
     words = {word.lower() for department in departments() for kind in department.kinds for word in kind.words.catalogue}
     assert not [one.text for one in told if any(word in one.text.lower() for word in words)]
     assert all(one.generic and not one.facets for one in told)
@@ -154,7 +156,8 @@ def test_generic_reviews_name_nothing() -> None:
 def test_an_answerable_review_speaks_of_its_product() -> None:
     clear = config(change={"wrong_facet": 0.0}).clarity
     many = products(build_catalogue(config()), np.arange(300))
-    told = [told_review(product, (), 5, clear, one) for product, one in zip(many, dice(7, "x", np.arange(300)), strict=True)]
+    rolls = dice(7, "some", np.arange(300))
+    told = [told_review(product, (), 5, clear, one) for product, one in zip(many, rolls, strict=True)]
     assert all(one.says_kind or one.facets or one.concern for one in told)
     assert np.mean([len(one.facets) for one in told]) == pytest.approx(clear.say_facets, abs=0.3)
     assert len({one.text for one in told}) > 290
@@ -167,7 +170,8 @@ def test_an_image_shows_colour_pattern_neckline_sleeve_and_material() -> None:
     shirt = next(one for one in products(catalogue, np.arange(2000)) if one.kind.key == "t_shirt")
 
     def picture(**values: str) -> np.ndarray:
-        base = {"colour": "red", "pattern": "solid", "neckline": "crew", "sleeve": "long", "material": "polyester", **values}
+        base = {"colour": "red", "pattern": "solid", "neckline": "crew", "sleeve": "long", "material": "polyester",
+                **values}
         numbers = tuple(facet.values.index(base[facet.key]) if facet.key in base else 0 for facet in fashion.facets)
         product = type(shirt)(**{**shirt.__dict__, "values": numbers})
         return draw(product, 64, 0.0, np.full(4, 0.5), 7).astype(float)
@@ -204,7 +208,8 @@ def test_every_query_has_an_exact_answer_and_is_not_the_title() -> None:
     asked = list(graded_queries(build_catalogue(shop), shop))
     assert len(asked) == shop.queries
     assert all((query.grades == 3).any() for query in asked)
-    assert {name for query in asked for name in query.slices} >= {"beauty", "fashion", "other words", "needs", "concern"}
+    slices = {name for query in asked for name in query.slices}
+    assert slices >= {"beauty", "fashion", "other words", "needs", "concern"}
     assert len({query.text for query in asked}) > 30
 
 
@@ -214,11 +219,11 @@ def test_only_the_generator_and_evaluation_speak_of_truth() -> None:
     speakers = set()
     for path in sorted(PACKAGE.rglob("*.py")):
         tree = ast.parse(path.read_text("utf-8"))
-        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        names |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg | ast.keyword) and node.arg}
-        texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-        if any("truth" in one.lower() for one in names | texts):
+        words: set[object] = set()
+        for node in ast.walk(tree):
+            words |= {getattr(node, field, None) for field in ("id", "attr", "arg", "value", "name", "module")
+                      if isinstance(getattr(node, field, None), str)}
+        if any("truth" in str(one).lower() for one in words):
             speakers.add(path.relative_to(PACKAGE).as_posix())
     assert not {one for one in speakers if not one.startswith(MAY_SPEAK_OF_TRUTH)}
     assert "data/demo_shop/truth.py" in speakers
