@@ -7,6 +7,7 @@ the sum of resident sets counts it once for every worker.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
 
@@ -19,8 +20,8 @@ class PeakMemory:
     def __init__(self, root: int, interval_s: float = 0.5) -> None:
         self.peak = 0
         self.samples = 0
-        self._root, self._interval = root, interval_s
-        self._seen: set[psutil.Process] = set()
+        self._interval = interval_s
+        self._seen = {root: _started(root)}     # process id -> start time, which tells a reused id
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -39,14 +40,27 @@ class PeakMemory:
             self._ended.wait(self._interval)
 
     def _sample(self) -> None:
+        children = defaultdict(list)
+        for process in psutil.process_iter(["ppid"]):   # once over all processes: cheap enough to sample often
+            children[process.info["ppid"]].append(process.pid)
         # A process whose parent has ended is no longer below the root: once seen, it stays in the sum.
-        for process in [*self._seen, psutil.Process(self._root)] if psutil.pid_exists(self._root) else [*self._seen]:
-            try:
-                self._seen.update([process, *process.children(recursive=True)])
-            except psutil.Error:
-                self._seen.discard(process)
-        self.peak = max(self.peak, sum(pss_bytes(process.pid) for process in self._seen if process.is_running()))
+        self._seen = {pid: started for pid, started in self._seen.items() if started and _started(pid) == started}
+        waiting = list(self._seen)
+        while waiting:
+            for child in children[waiting.pop()]:
+                if child not in self._seen:
+                    self._seen[child] = _started(child)
+                    waiting.append(child)
+        self.peak = max(self.peak, sum(map(pss_bytes, self._seen)))
         self.samples += 1
+
+
+def _started(pid: int) -> float:
+    """When a process started, in seconds since 1970; 0 when it has ended."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.Error:
+        return 0.0
 
 
 def pss_bytes(pid: int) -> int:
