@@ -8,7 +8,7 @@ from typing import Any
 
 
 def terminal_summary(document: Mapping[str, Any], width: int = 160, *, brief: bool = False) -> str:
-    """The tables of a metrics.json (`evaluation.retrieval.read_evaluation`) as plain text; brief: the figures of all."""
+    """The tables of a metrics.json (`evaluation.retrieval.read_evaluation`) as plain text; brief: slice `all` alone."""
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
