@@ -8,7 +8,11 @@ big segment.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +22,17 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_ray.artifacts import Artifact, FileEntry, file_entry, open_artifact, write_table
+from recsys_ray.artifacts import Artifact, FileEntry, file_entry, open_artifact, write_table, write_text
 from recsys_ray.ids import row_id as row_id_of
 from recsys_ray.retrieval.filters import FilterColumns, Filters
-from recsys_ray.retrieval.lexical import Bm25Segment, LexicalConfig, LexicalStatistics, Postings, build_postings
+from recsys_ray.retrieval.lexical import (
+    Bm25Segment,
+    LexicalConfig,
+    LexicalStatistics,
+    Postings,
+    best_positions,
+    build_postings,
+)
 from recsys_ray.retrieval.vector_index import VectorIndex, VectorIndexConfig
 
 Floats = npt.NDArray[np.float32]
@@ -63,15 +74,43 @@ def tombstones_file(name: str) -> str:
     return f"tombstones/{name}.npy"
 
 
+def card_file(name: str) -> str:
+    """Where a segment says what it was made of; it is written last, so who finds it finds the whole segment."""
+    return f"segments/{name}/segment.json"
+
+
 def write_segment(directory: Path, name: str, rows: pa.Table, vectors: Floats, vector: VectorIndexConfig,
-                  lexical: LexicalConfig) -> list[FileEntry]:
-    """Write the segment of N rows (ROWS) and their vectors (N, D) below `directory`; returns its files."""
-    rows_name, postings_name, vectors_name, faiss_name = segment_files(name)
-    entries = [write_table(directory, rows_name, rows)]
-    build_postings(rows["lexical_text"].fill_null("").to_pylist(), lexical).save(directory / postings_name)
-    has_index = VectorIndex.build(vectors, vector).save(directory / vectors_name, directory / faiss_name)
-    names = [postings_name, vectors_name, *([faiss_name] if has_index else [])]
-    return entries + [file_entry(directory, one) for one in names]
+                  lexical: LexicalConfig, about: Mapping[str, Any] | None = None) -> list[FileEntry]:
+    """Write the segment of N rows (ROWS, by row id) and their vectors (N, D) below `directory`; returns its files.
+
+    The segment's directory appears whole or not at all and takes the place of an earlier one. `about`
+    goes into segment.json.
+    """
+    row_ids = rows["row_id"].to_numpy()
+    if not len(rows) == len(vectors) == len(np.unique(row_ids)) or not (np.diff(row_ids) > 0).all():
+        raise IndexMismatch(f"segment {name}: {len(rows)} rows, {len(vectors)} vectors, {len(np.unique(row_ids))} "
+                            "different row ids; each row is needed once, in order, with its vector")
+    files = [Path(one).name for one in segment_files(name)]
+    target = directory / "segments" / name
+    partial = target.with_name(f".{name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_table(partial, files[0], rows)
+    build_postings(rows["lexical_text"].fill_null("").to_pylist(), lexical).save(partial / files[1])
+    VectorIndex.build(vectors, vector).save(partial / files[2], partial / files[3])
+    card = {"rows": rows.num_rows, "dimension": int(vectors.shape[1]), "vector": vector.model_dump(mode="json"),
+            "lexical": lexical.model_dump(mode="json"), **(about or {})}
+    write_text(partial / Path(card_file(name)).name, json.dumps(card, indent=1, sort_keys=True))
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(partial, target)
+    return segment_entries(directory, name)
+
+
+def segment_entries(directory: Path, name: str) -> list[FileEntry]:
+    """The manifest entries of a segment that lies whole below `directory`."""
+    card = json.loads((directory / card_file(name)).read_bytes())
+    paths = sorted((directory / "segments" / name).iterdir())
+    return [file_entry(directory, f"segments/{name}/{path.name}", card["rows"] if path.suffix == ".parquet" else None)
+            for path in paths]
 
 
 class Segment:
@@ -90,11 +129,14 @@ class Segment:
                                         artifact.file(faiss_name) if faiss_name in stored else None)
         lexical = LexicalConfig.model_validate(facts["lexical"])
         self.lexical = Bm25Segment(Postings.load(artifact.file(postings_name)), statistics, lexical)
-        if not self.vectors.size == self.lexical.size == self.rows.num_rows:
+        card = json.loads(artifact.file(card_file(name)).read_bytes())
+        if not self.vectors.size == self.lexical.size == self.rows.num_rows == card["rows"]:
             raise IndexMismatch(f"{artifact.path}/segments/{name}: {self.rows.num_rows} rows, {self.vectors.size} "
                                 f"vectors and {self.lexical.size} texts do not belong together; rebuild the index")
+        if (card["vector"], card["lexical"]) != (facts["vector"], facts["lexical"]):
+            raise IndexMismatch(f"{artifact.path}/{card_file(name)}: the segment was built with other settings than "
+                                "the index says; rebuild the index")
         self._filters = FilterColumns(self.rows)
-        self._places = {int(row): place for place, row in enumerate(self.row_ids) if self.alive[place]}
 
     def allowed(self, filters: Filters | None) -> Mask:
         """The live rows that meet the filters, shape (N,)."""
@@ -115,7 +157,7 @@ class Segment:
         scores = None if text is None else self.lexical.document_scores(text)
         found = [np.zeros(0, np.int64)] if nearest is None else [nearest]
         if scores is not None:
-            found.append(best_by_score(scores, depth, allowed))
+            found.append(best_positions(scores, depth, allowed)[1])
         places = np.unique(np.concatenate(found))
         dense = np.full(len(places), np.nan, np.float32) if vector is None else self.vectors.scores(vector, places)
         lexical = np.zeros(len(places), np.float32) if scores is None else scores[places]
@@ -123,20 +165,18 @@ class Segment:
 
     def places(self, row_ids: Ints) -> Ints:
         """The positions of those of the products that live in this segment."""
-        found = [self._places[int(one)] for one in row_ids if int(one) in self._places]
-        return np.array(found, dtype=np.int64)
+        wanted = np.asarray(row_ids, dtype=np.int64)
+        found = np.searchsorted(self.row_ids, wanted)   # rows lie by row id
+        here = found < len(self.row_ids)
+        found, wanted = found[here], wanted[here]
+        live: Ints = found[(self.row_ids[found] == wanted) & self.alive[found]].astype(np.int64)
+        return live
 
     def product(self, row_id: int) -> dict[str, Any] | None:
         """The row of a live product, or None."""
-        place = self._places.get(row_id)
-        return None if place is None else {name: self.rows[name][place].as_py() for name in self.rows.column_names}
-
-
-def best_by_score(scores: Floats, depth: int, allowed: Mask) -> Ints:
-    """The positions of the `depth` best allowed rows with a positive score."""
-    from recsys_ray.retrieval.lexical import best_positions
-
-    return best_positions(scores, depth, allowed)[1]
+        places = self.places(np.array([row_id], dtype=np.int64))
+        return None if not len(places) else {name: self.rows[name][int(places[0])].as_py()
+                                             for name in self.rows.column_names}
 
 
 def merge_hits(answers: Sequence[SegmentHits], depth: int) -> SegmentHits:
@@ -174,7 +214,8 @@ class Index:
         if query_vectors is None and query_texts is None:
             raise ValueError("a search needs query vectors, query texts or both")
         answers = [segment.search(query_vectors, query_texts, depth, filters) for segment in self.segments]
-        return [merge_hits(of_query, depth) for of_query in zip(*answers, strict=True)]
+        count = len(query_vectors) if query_vectors is not None else len(query_texts or ())
+        return [merge_hits([of_segment[number] for of_segment in answers], depth) for number in range(count)]
 
     def products(self, row_ids: Ints, columns: Sequence[str]) -> list[dict[str, Any]]:
         """The named columns, `row_id` among them, of live products in the order of `row_ids`; else `KeyError`."""
@@ -192,11 +233,11 @@ class Index:
 
 
 def open_index(root: str | Path, version: str | None = None, encoder_identity: dict[str, Any] | None = None,
-               segments: Sequence[str] | None = None) -> Index:
+               segments: Sequence[str] | None = None, template: str | None = None) -> Index:
     """The current (or the named) index below `root`, whole or only the named segments, every file verified.
 
     Errors: `ArtifactError` for a file that is missing, damaged or foreign, `IndexMismatch` when its
-    vectors are of another encoder than `encoder_identity`.
+    vectors are of another encoder than `encoder_identity` or its texts of another `template`.
     """
     artifact = open_artifact(root, "index", version)
     facts = artifact.manifest.facts
@@ -205,6 +246,9 @@ def open_index(root: str | Path, version: str | None = None, encoder_identity: d
                            if encoder_identity.get(key) != facts["encoder"].get(key))
         raise IndexMismatch(f"{artifact.path}: its vectors are of another encoder; different: " + ", ".join(
             f"{key} ({facts['encoder'].get(key)!r} there, {encoder_identity.get(key)!r} here)" for key in different))
+    if template is not None and template != facts.get("template"):
+        raise IndexMismatch(f"{artifact.path}: its texts follow the template {facts.get('template')!r}, not "
+                            f"{template!r}; build it from products prepared with that template")
     unknown = set(segments or ()) - set(facts["segments"])
     if unknown:
         raise IndexMismatch(f"{artifact.path}: has no segments {sorted(unknown)}; it has {facts['segments']}")
@@ -229,8 +273,6 @@ def live_mask(artifact: Artifact, name: str) -> Mask:
 
 def row_hashes(rows: pa.Table) -> pa.Array:
     """32 hex digits per row over all columns but `row_hash`: equal exactly when the rows are."""
-    import hashlib
-
     columns = [rows[name].cast(pa.string()).fill_null("\0").to_pylist() for name in ROWS.names if name != "row_hash"]
     return pa.array([hashlib.blake2b("\x1f".join(row).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
                      for row in zip(*columns, strict=True)], pa.string())
