@@ -97,7 +97,8 @@ def draw_fame(config: DemoShopConfig, may_be_top: npt.NDArray[np.bool_]) -> Fame
     launch[top] = 0.0
     if config.mode == "null":       # an older product has no more chances than a newer one
         launch[:] = 0.0
-    return Fame(np.minimum(drawn[:, 0] ** -PARETO, MAX_WEIGHT * len(drawn)), np.sqrt(12) * (drawn[:, 3] - 0.5), launch, top)
+    weight = np.minimum(drawn[:, 0] ** -PARETO, MAX_WEIGHT * len(drawn))
+    return Fame(weight, np.sqrt(12) * (drawn[:, 3] - 0.5), launch, top)
 
 
 def _sizes() -> dict[str, npt.NDArray[Any]]:

@@ -298,7 +298,10 @@ def _pairs(value: Any) -> list[tuple[str, str]] | None:
 
 def _flat(value: Any) -> str | None:
     if isinstance(value, Mapping):
-        return text(json.dumps(value, ensure_ascii=False))
+        try:
+            return text(json.dumps(value, ensure_ascii=False, default=text))
+        except TypeError:   # a key that is no text
+            raise RowError(f"expected text, found {shown(value)}") from None
     if isinstance(value, list | tuple):
         return ", ".join(filter(None, (_flat(one) for one in value))) or None
     return text(value)
