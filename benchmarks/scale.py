@@ -34,7 +34,7 @@ from recsys_ray.runtime import RayConfig
 log = logging.getLogger(__name__)
 
 JOB = Path(__file__).resolve().parents[1] / "jobs" / "prepare.py"
-REVIEWS_PER_PRODUCT = 6.2       # of All_Beauty
+REVIEWS_PER_PRODUCT = 701_528 / 112_590    # of All_Beauty
 
 
 class JobConfig(Config):
