@@ -3,7 +3,8 @@
 Near-duplicates by MinHash with banding (Leskovec et al., "Mining of Massive Datasets", chapter 3): two
 products share a band with probability J^r, J the Jaccard similarity of their word sets and r the rows of
 a band. Bands are hash-bucketed, so no step compares all products; two products are near-duplicates when
-they share as many bands as a pair at the threshold shares on average.
+they share as many bands as a pair at the threshold shares on average. Most pairs that share any band are
+no near-duplicates, so their bands are counted where the pairs are scattered, not in one place.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from recsys_ray.config import Config
@@ -22,6 +24,7 @@ from recsys_ray.config import Config
 Ints = npt.NDArray[np.int64]
 _WORD = re.compile(r"\w+")
 BANDS = pa.schema([pa.field("band", pa.int64()), pa.field("row_id", pa.int64())])
+PAIRS = pa.schema([pa.field(name, pa.int64()) for name in ("left", "right", "shared")])     # row ids, bands
 
 
 class NearDuplicateConfig(Config):
@@ -29,7 +32,7 @@ class NearDuplicateConfig(Config):
 
     threshold: float = Field(default=0.8, gt=0, le=1)   # Jaccard similarity of the word sets
     bands: int = Field(default=32, ge=1)
-    rows_per_band: int = Field(default=4, ge=1)
+    rows_per_band: int = Field(default=8, ge=1)          # fewer: more pairs that only look alike
     min_words: int = Field(default=5, ge=1)             # shorter texts say too little to be compared
     max_bucket: int = Field(default=200, ge=2)          # products of a band compared in pairs; more: see pairs_of_bands
     seed: int = 7
@@ -79,7 +82,7 @@ def _mix(state: npt.NDArray[np.uint64], value: npt.NDArray[np.uint64]) -> npt.ND
 
 
 def pairs_of_bands(bands: pa.Table, max_bucket: int) -> tuple[pa.Table, int]:
-    """(left, right, shared) for products that share bands of this table, and how many bands were too full.
+    """PAIRS of products that share bands of this table, and how many bands were too full.
 
     In a band of more than `max_bucket` products each is compared with the first alone, so that the work stays
     linear and a listing repeated a thousand times is still found.
@@ -97,17 +100,19 @@ def pairs_of_bands(bands: pa.Table, max_bucket: int) -> tuple[pa.Table, int]:
     pairs = pa.table({"left": np.concatenate([*left, np.zeros(0, np.int64)]).astype(np.int64),
                       "right": np.concatenate([*right, np.zeros(0, np.int64)]).astype(np.int64)})
     counted = pairs.group_by(["left", "right"]).aggregate([([], "count_all")])
-    return counted.rename_columns(["left", "right", "shared"]), int((sizes > max_bucket).sum())
+    return counted.rename_columns(PAIRS.names).cast(PAIRS), int((sizes > max_bucket).sum())
 
 
-def groups_of_pairs(tables: Iterable[pa.Table], shared_bands: int) -> dict[int, int]:
-    """Group id, the smallest row id of the group, of each product that has a near-duplicate."""
-    counted = pa.concat_tables(list(tables))
-    if not counted.num_rows:
-        return {}
-    total = counted.group_by(["left", "right"]).aggregate([("shared", "sum")])
-    enough = total["shared_sum"].to_numpy() >= shared_bands
-    left, right = total["left"].to_numpy()[enough], total["right"].to_numpy()[enough]
+def close_pairs(pairs: pa.Table, shared_bands: int) -> pa.Table:
+    """PAIRS that share at least so many bands, each once with the sum of its bands."""
+    total = pairs.group_by(["left", "right"]).aggregate([("shared", "sum")]).rename_columns(PAIRS.names)
+    return total.filter(pc.greater_equal(total["shared"], shared_bands)).cast(PAIRS)
+
+
+def groups_of_pairs(tables: Iterable[pa.Table]) -> dict[int, int]:
+    """Group id, the smallest row id of the group, of each product in these PAIRS: a pair is in one group."""
+    pairs = pa.concat_tables([PAIRS.empty_table(), *tables])
+    left, right = pairs["left"].to_numpy(), pairs["right"].to_numpy()
     if not len(left):
         return {}
     from scipy.sparse import coo_array

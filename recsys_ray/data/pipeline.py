@@ -2,7 +2,7 @@
 
 Pass 1 cleans each block and scatters it by the hash bucket of the product's row id, near-duplicate bands
 by band. Between the passes the driver sees only counts: the cut-offs come from a histogram of hours, the
-near-duplicate groups from the pairs that share bands. Pass 2 finishes one bucket at a time: no step
+near-duplicate groups from the pairs that share enough bands. Pass 2 finishes one bucket at a time: no step
 holds the ids of all products, and a product with a tenth of all reviews is read block by block.
 """
 
@@ -28,8 +28,10 @@ from recsys_ray.data.audit import Counts, audit_table, merged, unused_values
 from recsys_ray.data.buckets import Part, gather_all, scatter
 from recsys_ray.data.dedup import (
     BANDS,
+    PAIRS,
     NearDuplicateConfig,
     band_keys,
+    close_pairs,
     groups_of_pairs,
     pairs_of_bands,
     signature_text,
@@ -45,7 +47,7 @@ from recsys_ray.runtime import RayConfig
 log = logging.getLogger(__name__)
 
 KIND = "prepared"
-STAGE_VERSION = 3       # raise it when the same inputs would give other tables
+STAGE_VERSION = 4       # raise it when the same inputs would give other tables
 TASK_CPUS = 0.9
 SCRATCH = "scratch"
 _PARTICULAR = re.compile(r"[:('\"\d]| at ")     # where a reason begins to speak of one row
@@ -109,7 +111,7 @@ def prepare(config: PrepareConfig) -> Artifact:
             raise SourceError(f"{config.source.model_dump_json(exclude_none=True)}: not one usable product; "
                               f"found {_told(scattered.counts)}")
         cuts = find_cuts(scattered.hours, config.split)
-        groups, overfull = _near_duplicates(scattered.bands, config)
+        groups, overfull = _near_duplicates(scattered.bands, config, str(staging.path / SCRATCH))
         log.info("%d products have a near-duplicate", len(groups))
         results = _finish(config, staging, scattered, cuts, groups)
         return _publish(config, staging, scattered, results, cuts, overfull)
@@ -200,18 +202,27 @@ def _set_aside(bad: pa.Table, scratch: str) -> FileEntry | None:
 
 
 # --- between the passes ---------------------------------------------------------------------------
-def _near_duplicates(parts: list[Part], config: PrepareConfig) -> tuple[dict[int, int], int]:
-    task = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(_band_pairs)
-    shared = ray.put(parts)
-    limit = config.near_duplicates.max_bucket
-    found: list[tuple[pa.Table, int]] = ray.get([task.remote(shared, bucket, limit)
-                                                 for bucket in range(config.num_buckets)])
-    groups = groups_of_pairs([pairs for pairs, _ in found], config.near_duplicates.shared_bands())
-    return groups, sum(overfull for _, overfull in found)
+def _near_duplicates(bands: list[Part], config: PrepareConfig, scratch: str) -> tuple[dict[int, int], int]:
+    """(group of each product with a near-duplicate, bands that were too full): only close pairs reach the driver."""
+    remote, buckets = ray.remote(num_cpus=TASK_CPUS, max_retries=3), range(config.num_buckets)
+    if not bands:
+        return {}, 0
+    shared = ray.put(bands)
+    found: list[tuple[Part | None, int]] = ray.get(
+        [remote(_scatter_pairs).remote(shared, bucket, config, scratch) for bucket in buckets])
+    pairs = ray.put(_in_order(part for part, _ in found))
+    close: list[pa.Table] = ray.get(
+        [remote(_close_pairs).remote(pairs, bucket, config.near_duplicates.shared_bands()) for bucket in buckets])
+    return groups_of_pairs(close), sum(overfull for _, overfull in found)
 
 
-def _band_pairs(parts: list[Part], bucket: int, max_bucket: int) -> tuple[pa.Table, int]:
-    return pairs_of_bands(gather_all(parts, bucket, BANDS), max_bucket)
+def _scatter_pairs(bands: list[Part], bucket: int, config: PrepareConfig, scratch: str) -> tuple[Part | None, int]:
+    pairs, overfull = pairs_of_bands(gather_all(bands, bucket, BANDS), config.near_duplicates.max_bucket)
+    return scatter(pairs, bucket_of(pairs["left"].to_numpy(), config.num_buckets), Path(scratch) / "pairs"), overfull
+
+
+def _close_pairs(pairs: list[Part], bucket: int, shared_bands: int) -> pa.Table:
+    return close_pairs(gather_all(pairs, bucket, PAIRS), shared_bands)
 
 
 # --- pass 2: finish bucket by bucket --------------------------------------------------------------

@@ -12,6 +12,7 @@ from recsys_ray.data.dedup import (
     BANDS,
     NearDuplicateConfig,
     band_keys,
+    close_pairs,
     groups_of_pairs,
     one_row_per_id,
     pairs_of_bands,
@@ -26,7 +27,7 @@ CONFIG = NearDuplicateConfig()
 def groups(texts: list[str], config: NearDuplicateConfig = CONFIG) -> dict[int, int]:
     bands = band_keys(texts, np.arange(len(texts), dtype=np.int64), config)
     pairs, _ = pairs_of_bands(bands, config.max_bucket)
-    return groups_of_pairs([pairs], config.shared_bands())
+    return groups_of_pairs([close_pairs(pairs, config.shared_bands())])
 
 
 def pair_with(similarity: float, number: int) -> list[str]:
@@ -44,14 +45,14 @@ def found_share(similarity: float, pairs: int = 60) -> float:
 
 
 def test_similar_texts_are_found_and_others_are_not() -> None:
-    # A pair shares 32 s^4 bands on average (13 asked for): 21 at .9, 13 at .8, 2 at .5.
+    # A pair shares 32 s^8 bands on average (5 asked for): 14 at .9, 5 at .8, .1 at .5.
     assert found_share(0.9) > 0.9
     assert 0.25 < found_share(0.8) < 0.85
     assert found_share(0.5) == 0
 
 
 def test_bands_asked_for_are_those_of_a_pair_at_the_threshold() -> None:
-    assert CONFIG.shared_bands() == 13          # 32 * .8^4 = 13.1
+    assert CONFIG.shared_bands() == 5           # 32 * .8^8 = 5.4
     assert NearDuplicateConfig(threshold=0.01).shared_bands() == 1
 
 
@@ -66,7 +67,7 @@ def test_a_full_band_stays_linear_and_still_finds_repeated_listings() -> None:
     pairs, overfull = pairs_of_bands(bands, max_bucket=10)
     assert overfull == CONFIG.bands
     assert pairs.num_rows == 49                 # each with the first, not 50 * 49 / 2
-    assert groups_of_pairs([pairs], CONFIG.shared_bands()) == dict.fromkeys(range(50), 0)
+    assert groups_of_pairs([close_pairs(pairs, CONFIG.shared_bands())]) == dict.fromkeys(range(50), 0)
     assert pairs_of_bands(bands, max_bucket=50)[1] == 0
 
 
@@ -75,9 +76,11 @@ def test_groups_join_chains_over_tables() -> None:
         return pa.table({"left": [row[0] for row in rows], "right": [row[1] for row in rows],
                          "shared": pa.array([row[2] for row in rows], pa.int64())})
 
-    # 5-9 shares 2 + 1 bands in two tables, 9-12 shares 3; 20-21 shares too few.
-    assert groups_of_pairs([pairs((5, 9, 2), (20, 21, 2)), pairs((5, 9, 1), (9, 12, 3))], 3) == {5: 5, 9: 5, 12: 5}
-    assert groups_of_pairs([pairs_of_bands(BANDS.empty_table(), 5)[0]], 3) == {}
+    # 5-9 shares 2 + 1 bands, 9-12 shares 3; 20-21 shares too few.
+    close = close_pairs(pairs((5, 9, 2), (20, 21, 2), (5, 9, 1), (9, 12, 3)), 3)
+    assert sorted(close["shared"].to_pylist()) == [3, 3]
+    assert groups_of_pairs([close.slice(0, 1), close.slice(1)]) == {5: 5, 9: 5, 12: 5}
+    assert groups_of_pairs([]) == groups_of_pairs([pairs_of_bands(BANDS.empty_table(), 5)[0]]) == {}
 
 
 def product(name: str, title: str, source: str, row: int | None = None) -> dict[str, Any]:
