@@ -62,7 +62,7 @@ def test_a_grandchild_counts(memory: ModuleType) -> None:
         assert read(process, 5) == b"ready"
         time.sleep(0.3)
         process.communicate(b"\n")
-    assert 80 * MB < peak.peak < 160 * MB
+    assert 80 * MB < peak.peak < 200 * MB
     assert peak.samples > 3
 
 
@@ -72,7 +72,7 @@ def test_memory_that_four_processes_share_counts_once(memory: ModuleType) -> Non
         assert read(process, 3) == b"..."
         time.sleep(0.3)
         process.communicate()
-    assert 64 * MB < peak.peak < 128 * MB
+    assert 64 * MB < peak.peak < 200 * MB   # counted four times it would be 256 and more
 
 
 def test_a_process_that_has_ended_has_no_memory(memory: ModuleType) -> None:
