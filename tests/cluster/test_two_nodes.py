@@ -61,7 +61,8 @@ lost.join()
 artifact.verify()
 rows = pa.concat_tables(artifact.tables("vectors/")).column("product_id").to_pylist()
 alive = sum(node["Alive"] for node in ray.nodes())
-print(json.dumps({"rows": len(rows), "distinct": len(set(rows)), "alive": alive, "facts": artifact.manifest.facts}))
+found = {"rows": len(rows), "distinct": len(set(rows)), "alive": alive, "facts": artifact.manifest.facts}
+(work / "found.json").write_text(json.dumps(found))
 ray.shutdown()
 cluster.shutdown()
 """
@@ -72,7 +73,7 @@ def test_a_node_is_lost_and_no_row_is(tmp_path: Path, tiny_text_model: Callable[
     finished = subprocess.run([sys.executable, "-c", DRIVER, str(tmp_path), str(tiny_text_model())], cwd=REPO,
                               env=environment, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    found = json.loads(finished.stdout.strip().splitlines()[-1])
+    found = json.loads((tmp_path / "found.json").read_bytes())  # Ray writes to the same standard output
     assert (found["rows"], found["distinct"], found["alive"]) == (3000, 3000, 1)
     assert found["facts"]["embedded_now"] == 3000
     assert found["facts"]["units_recomputed"] <= 12  # at most what the lost node had in hand and the queue behind it
