@@ -7,7 +7,7 @@ matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -22,36 +22,39 @@ PLAIN_ATTENTION_TOKENS = 512
 
 
 class PackedBert:
-    """The forward pass of a `BertModel`, `RobertaModel` or `XLMRobertaModel` up to the pooled vector."""
+    """The forward pass of a BERT, RoBERTa or XLM-RoBERTa body up to the pooled vector."""
 
-    def __init__(self, model: Any, pooling: str, dtype: torch.dtype, device: torch.device) -> None:
-        config = model.config
+    def __init__(self, weights: Mapping[str, Tensor], body: Mapping[str, Any], pooling: str, dtype: torch.dtype,
+                 device: torch.device) -> None:
+        """`weights` of the body by their names in the model's own files, `body` its config.json."""
         self.pooling, self.device = pooling, device
-        self.heads: int = config.num_attention_heads
-        self.dimension: int = config.hidden_size
-        self._epsilon: float = config.layer_norm_eps
+        self.heads: int = body["num_attention_heads"]
+        self.dimension: int = body["hidden_size"]
+        self._epsilon = float(body.get("layer_norm_eps", 1e-12))
         # RoBERTa numbers its positions from pad + 1
-        self._first_position = config.pad_token_id + 1 if config.model_type != "bert" else 0
+        self._first_position = 0 if body["model_type"] == "bert" else int(body.get("pad_token_id", 1)) + 1
 
         def place(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(device=device, dtype=dtype).contiguous()
+            return tensor.to(device=device, dtype=dtype).contiguous()
 
-        def pair(module: Any) -> tuple[Tensor, Tensor]:
-            return place(module.weight), place(module.bias)
+        def pair(module: str) -> tuple[Tensor, Tensor]:
+            return place(weights[f"{module}.weight"]), place(weights[f"{module}.bias"])
 
-        embeddings = model.embeddings
-        self._words = place(embeddings.word_embeddings.weight)
+        self._words = place(weights["embeddings.word_embeddings.weight"])
         # every token has type 0, so its vector joins the positions once and for all
-        self._positions = place(embeddings.position_embeddings.weight + embeddings.token_type_embeddings.weight[0])
-        self._first_norm = pair(embeddings.LayerNorm)
+        self._positions = place(weights["embeddings.position_embeddings.weight"]
+                                + weights["embeddings.token_type_embeddings.weight"][0])
+        self._first_norm = pair("embeddings.LayerNorm")
         self._layers = []
-        for layer in model.encoder.layer:
-            own = layer.attention.self
-            fused = (place(torch.cat([own.query.weight, own.key.weight, own.value.weight])),
-                     place(torch.cat([own.query.bias, own.key.bias, own.value.bias])))
-            mixer = layer.attention.output
-            self._layers.append((fused, pair(mixer.dense), pair(mixer.LayerNorm), pair(layer.intermediate.dense),
-                                 pair(layer.output.dense), pair(layer.output.LayerNorm)))
+        for number in range(body["num_hidden_layers"]):
+            layer = f"encoder.layer.{number}"
+            own = [f"{layer}.attention.self.{name}" for name in ("query", "key", "value")]
+            fused = (place(torch.cat([weights[f"{name}.weight"] for name in own])),
+                     place(torch.cat([weights[f"{name}.bias"] for name in own])))
+            mixer = f"{layer}.attention.output"
+            self._layers.append((fused, pair(f"{mixer}.dense"), pair(f"{mixer}.LayerNorm"),
+                                 pair(f"{layer}.intermediate.dense"), pair(f"{layer}.output.dense"),
+                                 pair(f"{layer}.output.LayerNorm")))
 
     @torch.inference_mode()
     def __call__(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:

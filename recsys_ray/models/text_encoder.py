@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +19,6 @@ from pydantic import Field
 
 from recsys_ray.config import Config
 from recsys_ray.models.sentence_layout import EncoderError, SentenceLayout, find_model, read_layout
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +159,7 @@ class _Packed:
     def __init__(self, encoder: TextEncoder) -> None:
         import torch
 
+        from recsys_ray.models.body_weights import read_body
         from recsys_ray.models.packed_bert import PackedBert
 
         config, layout = encoder.config, encoder.layout
@@ -169,8 +167,9 @@ class _Packed:
         self.token_budget = config.token_budget or default
         self.max_tokens: int = encoder.identity["max_tokens"]
         self._tokenizer = _tokenizer(layout, self.max_tokens)
-        model = _load_body(layout)
-        self._forward = PackedBert(model, layout.pooling, getattr(torch, encoder.dtype), torch.device(encoder.device))
+        weights, body = read_body(layout)
+        self._forward = PackedBert(weights, body, layout.pooling, getattr(torch, encoder.dtype),
+                                   torch.device(encoder.device))
 
     def vectors(self, texts: Sequence[str], prompt: str) -> Vectors:
         token_ids = self._tokenise(texts, prompt)
@@ -222,18 +221,3 @@ def _tokenizer(layout: SentenceLayout, max_tokens: int) -> Any:
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
     return tokenizer
-
-
-def _load_body(layout: SentenceLayout) -> torch.nn.Module:
-    """The transformer with every weight found; a missing one would silently be random."""
-    from transformers import AutoModel
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model, info = AutoModel.from_pretrained(str(layout.transformer), local_files_only=True, output_loading_info=True)
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
-    if missing:
-        raise EncoderError(f"{layout.transformer}: the weights lack {', '.join(missing[:3])}"
-                           f"{' ...' if len(missing) > 3 else ''}; the file does not belong to this configuration")
-    body: torch.nn.Module = model.eval()
-    return body
