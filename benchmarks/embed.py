@@ -5,7 +5,8 @@
 Every side runs in its own process on the same texts, model, truncation and cores; the rounds alternate
 (A B C ..., then backwards). CPU time is that of the whole process tree. A side without Ray is timed
 after its model is loaded and warm. A side with Ray is timed as a whole job and once more on a handful
-of texts; the difference is what the texts cost.
+of texts, with as many workers; the difference is what the texts cost. Ray's own share is that of the
+job beyond the same stage functions in a pool of plain processes.
 """
 
 from __future__ import annotations

@@ -22,9 +22,10 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-UNIT_ROWS = 1024    # texts encoded and written at once by the plain job, as EmbedConfig has it
+UNIT_ROWS = 1024    # rows a shard, as EmbedConfig has it
 NUM_BUCKETS = 16
 SAMPLE_S = 0.1
+EMBEDDERS: list[Any] = []   # of a process of the plain job
 
 
 class TreeCpu:
@@ -126,44 +127,68 @@ def plain_worker(settings: dict[str, Any], texts: list[str], barrier: Any, answe
 
 
 def plain_job(task: dict[str, Any]) -> dict[str, Any]:
-    """The same encoder without Ray: processes that load it, encode their share and write it as Parquet."""
-    context = multiprocessing.get_context("spawn")
+    """The embedding stage without Ray: the very functions of the job in a pool of processes, one thread each.
+
+    Everything but the dealing out is the same (plans, hashes, shards, checksums, merge), so that what
+    the job takes longer is Ray's own share.
+    """
+    from recsys_ray.artifacts import open_artifact, stage
+    from recsys_ray.retrieval import embed
+    from recsys_ray.retrieval.embedding_store import plan_units
+
+    directory = Path(task["directory"])
+    write_prepared(directory / "prepared", task["texts"])
     watch, start = TreeCpu(), time.perf_counter()
-    workers = [context.Process(target=plain_job_worker, args=(task["encoder"], part, task["directory"], number))
-               for number, part in enumerate(deal(task["texts"], task["workers"]))]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    if any(worker.exitcode for worker in workers):
-        raise SystemExit("a worker failed")
+    config = embed_config(task)
+    prepared = open_artifact(config.prepared, "prepared")
+    buckets = [Path(name).stem for name in prepared.names("product_text/")]
+    context = multiprocessing.get_context("spawn")
+    with stage(config.output, embed.KIND, "plain") as staging, context.Pool(task["workers"]) as pool:
+        job = embed._Job(str(config.prepared), prepared.manifest.version, str(config.output), None, str(staging.path),
+                         config.encoder.model_dump(mode="json"), embed.encoder_identity(config.encoder))
+        plans = pool.starmap(embed._plan_bucket, [(job, bucket, config.unit_rows, config.encoder.max_chars)
+                                                  for bucket in buckets])
+        units = plan_units(plans, config.unit_rows)
+        pool.starmap(plain_unit, [(job, unit) for unit in units], chunksize=1)
+        units_of = {bucket: sorted({unit.name for unit in units for chunk in unit.chunks if chunk.bucket == bucket})
+                    for bucket in buckets}
+        merged = pool.starmap(embed._merge_bucket, [(job, plan, units_of[plan.bucket]) for plan in plans])
+        staging.commit([entry for entry, _ in merged], config=config, facts={})
     return {"wall_s": time.perf_counter() - start, "cpu_s": watch.seconds()}
 
 
-def plain_job_worker(settings: dict[str, Any], texts: list[str], directory: str, number: int) -> None:
-    encoder = load_encoder(settings)
-    for start in range(0, len(texts), UNIT_ROWS):
-        vectors = encoder.encode_documents(texts[start:start + UNIT_ROWS])
-        column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), encoder.dimension)
-        pq.write_table(pa.table({"vector": column}), f"{directory}/part-{number}-{start}.parquet", compression="zstd")
+def plain_unit(job: Any, unit: Any) -> None:
+    """Embed one unit with this process's own embedder, made at its first unit."""
+    from recsys_ray.retrieval import embed
+
+    if not EMBEDDERS:
+        EMBEDDERS.append(embed._UnitEmbedder(job))
+    EMBEDDERS[0]._embed(unit)
+
+
+def embed_config(task: dict[str, Any]) -> Any:
+    """The job's configuration; every worker has at least two units."""
+    from recsys_ray.retrieval.embed import EmbedConfig
+    from recsys_ray.runtime import RayConfig
+
+    directory, rows = Path(task["directory"]), len(task["texts"])
+    return EmbedConfig.model_validate({
+        "prepared": directory / "prepared", "output": directory / "embeddings", "encoder": task["encoder"],
+        "workers": task["workers"], "unit_rows": min(UNIT_ROWS, max(1, rows // (2 * task["workers"]))),
+        "ray": RayConfig(progress=False)})
 
 
 def ray(task: dict[str, Any]) -> dict[str, Any]:
     """Our job: `embed_products` on prepared texts; starting Ray is timed apart."""
-    from recsys_ray.retrieval.embed import EmbedConfig, embed_products
-    from recsys_ray.runtime import RayConfig, connected
+    from recsys_ray.retrieval.embed import embed_products
+    from recsys_ray.runtime import connected
 
-    directory = Path(task["directory"])
-    write_prepared(directory / "prepared", task["texts"])
-    begun = time.perf_counter()
-    settings = RayConfig(progress=False)
-    with connected(settings):
+    write_prepared(Path(task["directory"]) / "prepared", task["texts"])
+    begun, config = time.perf_counter(), embed_config(task)
+    with connected(config.ray):
         ray_start = time.perf_counter() - begun
         watch, start = TreeCpu(), time.perf_counter()
-        artifact = embed_products(EmbedConfig.model_validate({
-            "prepared": directory / "prepared", "output": directory / "embeddings", "encoder": task["encoder"],
-            "workers": task["workers"], "unit_rows": UNIT_ROWS if len(task["texts"]) > 20 * UNIT_ROWS else 200,
-            "ray": settings}))
+        artifact = embed_products(config)
         measured = {"wall_s": time.perf_counter() - start, "cpu_s": watch.seconds(), "ray_start_s": ray_start}
     rows = pa.concat_tables(artifact.tables("vectors/", ["product_id", "vector"])).sort_by("product_id")
     flat = rows.column("vector").combine_chunks().flatten().to_numpy()

@@ -172,9 +172,14 @@ def current_version(root: Path) -> str | None:
 
 
 def list_versions(root: str | Path) -> list[Manifest]:
-    """The manifests of all complete versions below `root`, oldest first."""
-    complete = (path for path in (Path(root) / "versions").glob("*") if (path / MANIFEST).is_file())
-    found = [_open_version(path).manifest for path in complete]
+    """The manifests of all complete versions below `root`, oldest first; a damaged one is left out with a warning."""
+    found = []
+    for path in (Path(root) / "versions").glob("*"):
+        if (path / MANIFEST).is_file():
+            try:
+                found.append(_open_version(path).manifest)
+            except ArtifactError as error:  # one damaged version must not bar the way back to a whole one
+                log.warning("left out: %s", error)
     return sorted(found, key=lambda manifest: (manifest.created, manifest.version))
 
 

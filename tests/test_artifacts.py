@@ -126,6 +126,16 @@ def test_rollback_and_prune(tmp_path: Path) -> None:
         rollback(tmp_path, "nope")
 
 
+def test_a_damaged_version_does_not_bar_the_way_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second, third = (publish(tmp_path, name).manifest.version for name in "abc")
+    (tmp_path / "versions" / second / "MANIFEST.json").write_text("{")
+    assert rollback(tmp_path).version == first
+    assert f"{second}/MANIFEST.json: not a valid manifest" in caplog.text
+    with pytest.raises(ArtifactError, match="no version"):
+        rollback(tmp_path, second)
+    assert rollback(tmp_path, third).version == third
+
+
 def test_a_second_writer_is_turned_away(tmp_path: Path) -> None:
     code = ("import sys; from recsys_ray.artifacts import stage\n"
             "with stage(sys.argv[1], 'texts', 'b'): pass")

@@ -80,9 +80,3 @@ class FilterColumns:
         if filters.price_max_cents is not None:
             mask &= self._price_cents <= filters.price_max_cents
         return mask
-
-    def counts(self, column: str, mask: Mask) -> dict[str, int]:
-        """How many rows of the mask have each value of `category` or `brand`, for values that occur."""
-        coded = self._coded[column]
-        found = np.bincount(coded.codes[mask & (coded.codes >= 0)], minlength=len(coded.numbers))
-        return {value: int(found[number]) for value, number in coded.numbers.items() if found[number]}

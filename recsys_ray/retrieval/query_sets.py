@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from recsys_ray.config import Config
-from recsys_ray.data.keywords import review_keywords
+from recsys_ray.data.keywords import keyword_query, review_keywords
+from recsys_ray.data.preprocess import clean_query
 from recsys_ray.data.sources.tables import load_table
 from recsys_ray.ids import row_ids
 from recsys_ray.retrieval.lexical import LexicalConfig, LexicalStatistics, term_weights
-from recsys_ray.retrieval.retriever import clean_query
 from recsys_ray.schema import JUDGMENT, QUERY, TEXTS, conform
 
 REVIEW_COLUMNS = ("review_id", "product_id", "title", "text", "cold")
@@ -149,7 +149,7 @@ def _query_texts(reviews: pa.Table, config: ReviewQueries) -> list[str]:
 
 def keyword_queries(texts: Sequence[str]) -> list[str]:
     """The keywords of each text as a query; the whole text where it has none."""
-    return [" ".join(review_keywords(clean_query(text))) or text for text in texts]
+    return [keyword_query(review_keywords(clean_query(text))) or text for text in texts]
 
 
 def _slices(cold: pa.ChunkedArray, texts: Sequence[str], rule: AnswerableRule, statistics: LexicalStatistics,

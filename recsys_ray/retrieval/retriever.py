@@ -14,7 +14,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from recsys_ray.config import Config
-from recsys_ray.data.preprocess import clean_text
+from recsys_ray.data.preprocess import clean_query
 from recsys_ray.retrieval.fusion import FusionConfig, fuse, ranking
 from recsys_ray.schema import CANDIDATE
 
@@ -76,11 +76,6 @@ class Retriever:
         answers = self.index.search(vectors, texts if mode != "dense" else None, max(self.config.depth, k), filters)
         return pa.concat_tables([candidate_table(query_id, hits, self.config, k)
                                  for (query_id, _), hits in zip(queries, answers, strict=True)])
-
-
-def clean_query(text: str) -> str:
-    """The query under the same normalisation as the products' texts, on one line."""
-    return " ".join((clean_text(text) or "").split())
 
 
 def score_hits(hits: SegmentHits, config: RetrieverConfig) -> Floats:

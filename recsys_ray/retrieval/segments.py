@@ -233,11 +233,11 @@ class Index:
 
 
 def open_index(root: str | Path, version: str | None = None, encoder_identity: dict[str, Any] | None = None,
-               segments: Sequence[str] | None = None, template: str | None = None) -> Index:
+               segments: Sequence[str] | None = None) -> Index:
     """The current (or the named) index below `root`, whole or only the named segments, every file verified.
 
     Errors: `ArtifactError` for a file that is missing, damaged or foreign, `IndexMismatch` when its
-    vectors are of another encoder than `encoder_identity` or its texts of another `template`.
+    vectors are of another encoder than `encoder_identity`.
     """
     artifact = open_artifact(root, "index", version)
     facts = artifact.manifest.facts
@@ -246,9 +246,6 @@ def open_index(root: str | Path, version: str | None = None, encoder_identity: d
                            if encoder_identity.get(key) != facts["encoder"].get(key))
         raise IndexMismatch(f"{artifact.path}: its vectors are of another encoder; different: " + ", ".join(
             f"{key} ({facts['encoder'].get(key)!r} there, {encoder_identity.get(key)!r} here)" for key in different))
-    if template is not None and template != facts.get("template"):
-        raise IndexMismatch(f"{artifact.path}: its texts follow the template {facts.get('template')!r}, not "
-                            f"{template!r}; build it from products prepared with that template")
     unknown = set(segments or ()) - set(facts["segments"])
     if unknown:
         raise IndexMismatch(f"{artifact.path}: has no segments {sorted(unknown)}; it has {facts['segments']}")

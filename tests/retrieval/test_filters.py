@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -52,14 +51,6 @@ def test_a_missing_price_never_passes_a_price_filter() -> None:
 def test_what_is_no_filter_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, ValueError), match=message):
         load_config(Filters, None, [f"{key}={value}" for key, value in values.items()])
-
-
-def test_counts_of_the_values_that_occur() -> None:
-    columns = FilterColumns(ROWS)
-    everything = np.ones(6, dtype=np.bool_)
-    assert columns.counts("category", everything) == {"sofa": 2, "lamp": 2, "": 1}
-    assert columns.counts("brand", columns.mask(Filters(category=("sofa",)))) == {"A": 1, "B": 1}
-    assert columns.counts("brand", ~everything) == {}
 
 
 def test_no_rows_and_no_values() -> None:

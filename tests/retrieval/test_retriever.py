@@ -17,7 +17,6 @@ from recsys_ray.retrieval.retriever import (
     Retriever,
     RetrieverConfig,
     RetrieverError,
-    clean_query,
     refuse_candidates,
 )
 from recsys_ray.schema import CANDIDATE
@@ -153,8 +152,3 @@ def test_candidates_fused_anew_equal_a_retrieval_with_that_weight() -> None:
     assert refuse_candidates(CANDIDATE.empty_table(), other, 3).num_rows == 0
     with pytest.raises(RetrieverError, match="dense_score"):
         refuse_candidates(retrieve("bm25", queries), other, 3)
-
-
-def test_queries_are_cleaned_like_products() -> None:
-    assert clean_query("  r&eacute;d\n dress\t ") == clean_query("réd dress")
-    assert clean_query("<b></b>") == ""

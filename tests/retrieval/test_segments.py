@@ -195,13 +195,11 @@ def test_a_foreign_index_is_refused(tmp_path: Path) -> None:
     publish(tmp_path / "index", [np.arange(COUNT)])
     with pytest.raises(IndexMismatch, match=r"weights_sha256 \('aa' there, 'bb' here\)"):
         open_index(tmp_path / "index", encoder_identity={**IDENTITY, "weights_sha256": "bb"})
-    with pytest.raises(IndexMismatch, match="template 'seed-v1', not 'fields-v1'"):
-        open_index(tmp_path / "index", template="fields-v1")
     with pytest.raises(IndexMismatch, match=r"no segments \['s7'\]"):
         open_index(tmp_path / "index", segments=["s7"])
     with pytest.raises(ValueError, match="nowhere"):
         open_index(tmp_path / "nowhere")
-    open_index(tmp_path / "index", encoder_identity=IDENTITY, template="seed-v1")
+    open_index(tmp_path / "index", encoder_identity=IDENTITY)
 
 
 @pytest.mark.parametrize("what", ["twice", "unsorted", "short"])
