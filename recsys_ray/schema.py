@@ -61,6 +61,17 @@ PRODUCT_STATS = _schema(                # as of `as_of_ms`, from earlier reviews
     ("last_review_ms", pa.int64()),
     required=("row_id", "as_of_ms", "num_reviews"),
 )
+TRAINING_PAIR = _schema(                # products of one group are never each other's negatives
+    ("pair_id", pa.string()), ("query", pa.string()),
+    ("query_type", pa.string()),        # keywords | review_text | title | feature | description | title_words | judged
+    ("row_id", pa.int64()), ("product_id", pa.string()), ("group_id", pa.int64()),
+    ("text", pa.string()),              # the positive's, without what the query's own review put into it
+    ("negative_row_ids", pa.list_(pa.int64())), ("negative_texts", TEXTS),      # parallel, both may be empty
+    ("negative_group_ids", pa.list_(pa.int64())),
+    ("split", pa.string()),             # train | valid
+    required=("pair_id", "query", "query_type", "row_id", "product_id", "group_id", "text", "negative_row_ids",
+              "negative_texts", "negative_group_ids", "split"),
+)
 INTERACTION = _schema(
     ("user_id", pa.string()), ("product_id", pa.string()), ("kind", pa.string()), ("rating", pa.float32()),
     ("timestamp_ms", pa.int64()), required=("user_id", "product_id", "kind"),

@@ -14,8 +14,8 @@ PACKAGE = REPO / "recsys_ray"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 RAY_MODULES = {  # everything else is a pure function on Arrow, numpy or torch
-    "runtime.py", "flow.py", "data/sources/readers.py", "data/pipeline.py", "retrieval/embed.py",
-    "retrieval/index_build.py", "retrieval/batch.py", "serving/app.py",
+    "runtime.py", "flow.py", "data/sources/readers.py", "data/pipeline.py", "data/training_pairs.py",
+    "retrieval/embed.py", "retrieval/index_build.py", "retrieval/batch.py", "serving/app.py",
 }
 JUNK_DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base"}
 HEAVY = {"torch", "faiss", "ray", "sentence_transformers", "transformers", "matplotlib", "openvino"}

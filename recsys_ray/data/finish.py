@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys_ray.artifacts import FileEntry, file_entry, write_table
+from recsys_ray.artifacts import FileEntry, Manifest, file_entry, write_table
 from recsys_ray.data.audit import Counts, category_counts, field_counts, review_counts
 from recsys_ray.data.buckets import Part, ReviewStatistics, first_per_group, gather, gather_all
 from recsys_ray.data.dedup import one_row_per_id
@@ -41,6 +41,12 @@ class TextLimits:
 
     text: ProductTextConfig
     reviews_per_product: int
+
+
+def text_limits(prepared: Manifest) -> TextLimits:
+    """How a prepared artefact made its texts, so that they can be made again without one review."""
+    config = prepared.config
+    return TextLimits(ProductTextConfig.model_validate(config["text"]), int(config["max_reviews_per_product"]))
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,17 @@ def review_keywords(text: str | None, limit: int = PER_REVIEW) -> list[str]:
     return list(phrases)[:limit]
 
 
+def keyword_query(keywords: Sequence[str], limit: int = PER_REVIEW) -> str:
+    """The first keywords of a review as a shopper would type them: the query of training and of evaluation."""
+    return " ".join(keywords[:limit])
+
+
+def content_words(text: str) -> set[str]:
+    """The different words of a text that are neither stop words nor said of anything."""
+    breaks = _breaks()
+    return {word for word in _ANY_WORD.findall(text.lower()) if len(word) > 1 and word not in breaks}
+
+
 def _is_empty_contraction(word: str, breaks: frozenset[str]) -> bool:
     """Whether "don't" or "I'd" is one of the words that say nothing, or begins with one."""
     return word.replace("'", "") in breaks or word.partition("'")[0] in breaks

@@ -63,6 +63,11 @@ def clean_text(text: str | None, max_chars: int = 50_000) -> str | None:
     return text or None
 
 
+def clean_query(text: str) -> str:
+    """The query under the same normalisation as the products' texts, on one line."""
+    return " ".join((clean_text(text) or "").split())
+
+
 def _is_plain(text: str) -> bool:
     """Whether this is one trimmed line of ASCII without anything like markup: most texts, and quick to see."""
     return (text.isascii() and text.isprintable() and "<" not in text and "&" not in text and "  " not in text

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from recsys_ray.data.preprocess import clean_query
 from recsys_ray.models.text_encoder import TextEncoder
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.fusion import ranking
-from recsys_ray.retrieval.retriever import RetrieverConfig, clean_query, score_hits
+from recsys_ray.retrieval.retriever import RetrieverConfig, score_hits
 from recsys_ray.retrieval.segments import Index, SegmentHits, merge_hits
 from recsys_ray.serving.api import Hit, Product, SearchRequest, Sort
 from recsys_ray.serving.errors import ApiError

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from recsys_ray.data.preprocess import (
     CleaningConfig,
     clean_products,
+    clean_query,
     clean_reviews,
     clean_text,
     parse_price_cents,
@@ -173,3 +174,8 @@ def test_every_product_is_kept_or_set_aside(rows: list[dict[str, object]]) -> No
     clean, bad = clean_products(products(*rows), CONFIG)
     assert clean.num_rows + bad.num_rows == len(rows)
     assert bad["reason"].null_count == 0
+
+
+def test_queries_are_cleaned_like_products() -> None:
+    assert clean_query("  r&eacute;d\n dress\t ") == clean_query("réd dress")
+    assert clean_query("<b></b>") == ""

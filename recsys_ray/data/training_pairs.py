@@ -1,0 +1,137 @@
+"""Prepared products and reviews -> (query, positive text) pairs to train a retriever on, bucket by bucket on Ray.
+
+Each bucket is one task that writes its own files and a sidecar with their checksums; a rerun skips the
+buckets whose files are whole, so a killed run continues where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from recsys_ray import runtime
+from recsys_ray.artifacts import (
+    Artifact,
+    FileEntry,
+    Staging,
+    check_file,
+    find_artifact,
+    open_artifact,
+    stage,
+    sweep_staging,
+    write_text,
+)
+from recsys_ray.config import fingerprint
+from recsys_ray.data.pair_buckets import BucketPairs, PairJob, audit_rows, copied_shares, make_bucket
+from recsys_ray.data.pairs import PairError, PairsConfig
+from recsys_ray.runtime import RayConfig
+from recsys_ray.schema import AUDIT
+
+log = logging.getLogger(__name__)
+
+KIND = "pairs"
+STAGE_VERSION = 1       # raise it when the same inputs would give other pairs
+TASK_CPUS = 0.9
+
+
+class MakePairsConfig(PairsConfig):
+    """Which prepared shop, which pairs, where to."""
+
+    prepared: Path          # artefact of the prepare job
+    output: Path            # artefact root of the pairs
+    ray: RayConfig = RayConfig()
+
+    def options(self) -> PairsConfig:
+        """What decides the pairs, without paths."""
+        return PairsConfig.model_validate(self.model_dump(include=set(PairsConfig.model_fields)))
+
+
+def make_pairs(config: MakePairsConfig) -> Artifact:
+    """The `pairs` artefact: pairs/<split>/*.parquet (TRAINING_PAIR) for train and valid, audit/audit.parquet (AUDIT).
+
+    Facts: query_type, positive_text, template, num_buckets, counts, copied_token_share (per split),
+    copied_token_gap. Errors: `PairError` when there is nothing to make pairs from.
+    """
+    prepared_root, output = config.prepared.resolve(), config.output.resolve()
+    prepared = open_artifact(prepared_root, "prepared")
+    options = config.options()
+    key = fingerprint({"stage": STAGE_VERSION, "prepared": prepared.manifest.fingerprint,
+                       "options": options.model_dump(mode="json")})
+    if (done := find_artifact(output, KIND, key)) is not None:
+        log.info("%s is up to date", done.manifest.reference)
+        return done
+    with stage(output, KIND, key) as staging, runtime.connected(config.ray):
+        sweep_staging(output, key)
+        job = PairJob(str(prepared_root), prepared.manifest.version, str(staging.path), options)
+        buckets = [Path(name).stem for name in prepared.names("products/")]
+        _make(job, buckets)
+        return _publish(config, prepared, staging, [_described(staging.path, bucket) for bucket in buckets])
+
+
+def _make(job: PairJob, buckets: Sequence[str]) -> None:
+    staging = Path(job.staging)
+    todo = [bucket for bucket in buckets if not _finished(staging, bucket)]
+    log.info("%d buckets, %d of them found finished", len(buckets), len(buckets) - len(todo))
+    task, shared = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(_make_bucket), ray.put(job)
+    pending = [task.remote(shared, bucket) for bucket in todo]
+    while pending:
+        done, pending = ray.wait(pending)
+        ray.get(done)
+        finished = len(todo) - len(pending)
+        if finished % max(1, len(todo) // 4) == 0:
+            log.info("pairs of %d of %d buckets", finished, len(todo))
+
+
+def _make_bucket(job: PairJob, bucket: str) -> None:
+    result = make_bucket(job, bucket)
+    write_text(Path(job.staging) / "done" / f"{bucket}.json", json.dumps(
+        {"files": [entry.model_dump() for entry in result.files], "counts": result.counts, "copied": result.copied}))
+
+
+def _described(staging: Path, bucket: str) -> BucketPairs:
+    values = json.loads((staging / "done" / f"{bucket}.json").read_bytes())
+    return BucketPairs([FileEntry.model_validate(one) for one in values["files"]], Counter(values["counts"]),
+                       values["copied"])
+
+
+def _finished(staging: Path, bucket: str) -> bool:
+    """Whether the files of a bucket are whole and as they were written."""
+    try:
+        for entry in _described(staging, bucket).files:
+            check_file(staging / entry.path, entry)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def _publish(config: MakePairsConfig, prepared: Artifact, staging: Staging, results: Sequence[BucketPairs]) -> Artifact:
+    total = BucketPairs()
+    for one in results:
+        total.add(one)
+    rows = {split: sum(entry.rows or 0 for entry in total.files if entry.path.startswith(f"pairs/{split}/"))
+            for split in ("train", "valid")}
+    total.counts.update({f"{split} pairs": count for split, count in rows.items()})
+    if not rows["train"]:
+        raise PairError(f"{config.prepared}: gave no training pair; a shop without reviews needs product_queries "
+                        "or judged queries")
+    shares, gap = copied_shares(total)
+    if gap is not None and gap > config.max_copied_gap:
+        log.warning("train queries share %.0f %% of their words with their positives, later ones %.0f %%: the model "
+                    "would learn to copy; see positive_text", 100 * shares["train"], 100 * shares["test"])
+    audit = pa.Table.from_pylist(audit_rows(total, config.max_copied_gap), schema=AUDIT)
+    facts: dict[str, Any] = {
+        "query_type": config.query_type, "positive_text": config.positive_text, "form": config.form,
+        "template": prepared.manifest.facts["template"], "num_buckets": prepared.manifest.facts["num_buckets"],
+        "counts": dict(sorted(total.counts.items())), "copied_token_share": shares,
+        "copied_token_gap": gap}
+    log.info("%d train and %d valid pairs; words copied from the positive: %s", rows["train"], rows["valid"],
+             ", ".join(f"{split} {share:.1%}" for split, share in shares.items()) or "not measured")
+    return staging.commit([*total.files, staging.write_table("audit/audit.parquet", audit)], config=config,
+                          parents={"prepared": prepared.manifest}, facts=facts)
