@@ -59,19 +59,25 @@ class PackedBert:
     @torch.inference_mode()
     def __call__(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
         """Pooled vectors, float32 (N, D), of N tokenised texts sorted by length."""
+        hidden_TD = self.hidden_states(token_ids)
+        pooled: npt.NDArray[np.float32] = self.pool(hidden_TD, token_ids).cpu().numpy()
+        return pooled
+
+    @torch.inference_mode()
+    def hidden_states(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> Tensor:
+        """The last layer's state of every token, (T, D), of N tokenised texts sorted by length, end to end."""
         # The bare exponential takes half the time of a softmax on a CPU. Where scores leave its range
         # (about +-88, far outside what trained models give) the result is NaN and the batch runs again.
         bare = self.device.type == "cpu" and self._words.dtype != torch.float16
-        vectors = self._run(token_ids, bare)
-        if bare and not np.isfinite(vectors).all():
-            vectors = self._run(token_ids, bare=False)
-        return vectors
+        hidden_TD = self._run(token_ids, bare)
+        if bare and not torch.isfinite(hidden_TD).all():
+            hidden_TD = self._run(token_ids, bare=False)
+        return hidden_TD
 
-    def _run(self, token_ids: Sequence[npt.NDArray[np.int32]], bare: bool) -> npt.NDArray[np.float32]:
-        lengths = [len(one) for one in token_ids]
-        groups = [(sum(1 for _ in same), length) for length, same in groupby(lengths)]
+    def _run(self, token_ids: Sequence[npt.NDArray[np.int32]], bare: bool) -> Tensor:
+        groups = _groups(token_ids)
         ids = torch.from_numpy(np.concatenate(token_ids)).to(self.device, non_blocking=True)
-        positions = torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]))
+        positions = torch.from_numpy(np.concatenate([np.arange(len(one), dtype=np.int32) for one in token_ids]))
         hidden_TD = F.embedding(ids, self._words)
         hidden_TD = hidden_TD + F.embedding(positions.to(self.device) + self._first_position, self._positions)
         hidden_TD = self._norm(hidden_TD, self._first_norm)
@@ -80,19 +86,25 @@ class PackedBert:
             hidden_TD = self._norm(F.linear(mixed_TD, *out).add_(hidden_TD), attention_norm)
             inner = F.gelu(F.linear(hidden_TD, *up))
             hidden_TD = self._norm(F.linear(inner, *down).add_(hidden_TD), output_norm)
-        pooled: npt.NDArray[np.float32] = self._pool(hidden_TD, groups).cpu().numpy()
-        return pooled
+        return hidden_TD
 
-    def _norm(self, hidden_TD: Tensor, weight_bias: tuple[Tensor, Tensor]) -> Tensor:
-        return F.layer_norm(hidden_TD, (self.dimension,), *weight_bias, self._epsilon)
-
-    def _pool(self, hidden_TD: Tensor, groups: Sequence[tuple[int, int]]) -> Tensor:
+    @torch.inference_mode()
+    def pool(self, hidden_TD: Tensor, token_ids: Sequence[npt.NDArray[np.int32]]) -> Tensor:
+        """One vector a text, float32 (N, D), from the states of its tokens."""
         pooled, start = [], 0
-        for texts, length in groups:
+        for texts, length in _groups(token_ids):
             block_NLD = hidden_TD[start:start + texts * length].view(texts, length, -1)
             pooled.append(block_NLD[:, 0].float() if self.pooling == "cls" else block_NLD.float().mean(dim=1))
             start += texts * length
         return torch.cat(pooled)
+
+    def _norm(self, hidden_TD: Tensor, weight_bias: tuple[Tensor, Tensor]) -> Tensor:
+        return F.layer_norm(hidden_TD, (self.dimension,), *weight_bias, self._epsilon)
+
+
+def _groups(token_ids: Sequence[npt.NDArray[np.int32]]) -> list[tuple[int, int]]:
+    """(texts, tokens) of each run of texts that have one length."""
+    return [(sum(1 for _ in same), length) for length, same in groupby(len(one) for one in token_ids)]
 
 
 def _attend(qkv_T3D: Tensor, groups: Sequence[tuple[int, int]], heads: int, bare: bool) -> Tensor:

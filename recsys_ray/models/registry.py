@@ -6,5 +6,12 @@ from recsys_ray.models.text_encoder import TextEncoder, TextEncoderConfig
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
-    """The text encoder of `config`, its weights in memory; raises `EncoderError` when it cannot be loaded."""
+    """The text encoder of `config`, its weights in memory; raises `EncoderError` when it cannot be loaded.
+
+    A `BgeM3Encoder` when token weights or token vectors are asked for.
+    """
+    if config.sparse or config.multi_vector:
+        from recsys_ray.models.bge_m3 import BgeM3Encoder
+
+        return BgeM3Encoder(config)
     return TextEncoder(config)

@@ -4,6 +4,7 @@
     sentence_bert_config.json           max_seq_length
     1_Pooling/config.json               cls or mean
     config_sentence_transformers.json   prompts, similarity
+    sparse_linear.pt, colbert_linear.pt BGE-M3's heads for token weights and token vectors
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NOT_NEEDED = ["onnx/*", "openvino/*", "*.onnx", "*.h5", "*.msgpack", "*.ot", "imgs/*"]  # other runtimes' weights
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # the names sentence-transformers tries, in its order
+SPARSE_HEAD, MULTI_HEAD = "sparse_linear.pt", "colbert_linear.pt"   # BGE-M3's, beside the body's files
 PACKED_TYPES = {"bert", "roberta", "xlm-roberta"}
 
 
@@ -92,6 +94,14 @@ def _packaged_minilm() -> Path:
     if not weights.is_file() or sha256_of(weights) != MINILM_SHA256:
         raise EncoderError(f"{weights}: not the weights of all-MiniLM-L6-v2 (SHA-256 differs); reinstall the package")
     return root
+
+
+def head_file(path: Path) -> Path:
+    """`path` itself, the file of one of BGE-M3's heads; raises `EncoderError` where the model has no such head."""
+    if not path.is_file():
+        raise EncoderError(f"{path}: missing; this model has no such head: use a BGE-M3 model, train one, "
+                           "or turn off encoder.sparse and encoder.multi_vector")
+    return path
 
 
 def read_layout(root: Path) -> SentenceLayout:

@@ -17,8 +17,17 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from recsys_ray.artifacts import sha256_of
 from recsys_ray.config import Config
-from recsys_ray.models.sentence_layout import EncoderError, SentenceLayout, find_model, read_layout
+from recsys_ray.models.sentence_layout import (
+    MULTI_HEAD,
+    SPARSE_HEAD,
+    EncoderError,
+    SentenceLayout,
+    find_model,
+    head_file,
+    read_layout,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +52,9 @@ class TextEncoderConfig(Config):
     backend: Literal["auto", "packed", "sentence_transformers"] = "auto"
     token_budget: int | None = Field(default=None, ge=1)    # tokens a forward pass; None: by device
     max_chars: int = Field(default=20_000, ge=1)            # longer texts are cut before the tokenizer sees them
+    sparse: bool = False                # also weights of tokens: only models with BGE-M3's heads have them
+    multi_vector: bool = False          # also a vector for each token
+    multi_vector_dtype: Literal["float16", "float32"] = "float16"   # as they are stored
 
 
 class TextEncoder:
@@ -56,7 +68,7 @@ class TextEncoder:
         self.device = _device(config)
         self.dtype = _dtype(config, self.device)  # recorded with the vectors, not part of the identity
         backend = _backend(config, self.layout)
-        self._runner = _Packed(self) if backend == "packed" else _ThroughSentenceTransformers(self)
+        self._runner = PackedRunner(self) if backend == "packed" else _ThroughSentenceTransformers(self)
 
     def encode_documents(self, texts: Sequence[str]) -> Vectors:
         """Vectors of N product texts, float32 (N, D)."""
@@ -69,13 +81,24 @@ class TextEncoder:
     def _encode(self, texts: Sequence[str], prompt: str) -> Vectors:
         if not len(texts):
             return np.zeros((0, self.dimension), dtype=np.float32)
-        places: dict[str, int] = {}
-        index = np.array([places.setdefault(_prepare(text, self.config.max_chars), len(places)) for text in texts])
-        vectors = self._runner.vectors(list(places), prompt)
+        different, index = prepare_texts(texts, self.config.max_chars)
+        vectors = self._runner.vectors(different, prompt)
         if self.identity["normalise"]:
-            lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
-            vectors = np.divide(vectors, np.where(lengths > 0, lengths, 1), dtype=np.float32)
+            vectors = unit_length(vectors)
         return np.asarray(vectors[index], dtype=np.float32)
+
+
+def prepare_texts(texts: Sequence[str], max_chars: int) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """(the different texts, each cut and made valid; the place of every text among them)."""
+    places: dict[str, int] = {}
+    index = [places.setdefault(_prepare(text, max_chars), len(places)) for text in texts]
+    return list(places), np.array(index, dtype=np.int64)
+
+
+def unit_length(vectors: Vectors) -> Vectors:
+    """The vectors (N, D) divided by their lengths; zeros stay zeros."""
+    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))[:, None]
+    return np.divide(vectors, np.where(lengths > 0, lengths, 1), dtype=np.float32)
 
 
 def encoder_identity(config: TextEncoderConfig) -> dict[str, Any]:
@@ -94,7 +117,22 @@ def _identity(config: TextEncoderConfig, layout: SentenceLayout) -> dict[str, An
         "query_prompt": layout.query_prompt if config.query_prompt is None else config.query_prompt,
         "document_prompt": layout.document_prompt if config.document_prompt is None else config.document_prompt,
         "max_tokens": _max_tokens(config, layout), "max_chars": config.max_chars, "dimension": layout.dimension,
+        **_head_identity(config, layout),
     }
+
+
+def _head_identity(config: TextEncoderConfig, layout: SentenceLayout) -> dict[str, Any]:
+    """What the heads that are asked for add; nothing for an encoder of plain vectors."""
+    found: dict[str, Any] = {}
+    if config.sparse:
+        found["sparse_sha256"] = sha256_of(head_file(layout.root / SPARSE_HEAD))
+    if config.multi_vector:
+        from recsys_ray.models.bge_m3_heads import multi_dimension
+
+        found |= {"multi_vector_sha256": sha256_of(head_file(layout.root / MULTI_HEAD)),
+                  "multi_vector_dimension": multi_dimension(layout.root, layout.dimension),
+                  "multi_vector_dtype": config.multi_vector_dtype}
+    return found
 
 
 def _max_tokens(config: TextEncoderConfig, layout: SentenceLayout) -> int:
@@ -153,7 +191,7 @@ def _cpu_has_bf16() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
-class _Packed:
+class PackedRunner:
     """Tokenise, sort by length, run `PackedBert` on batches of about `token_budget` tokens."""
 
     def __init__(self, encoder: TextEncoder) -> None:
@@ -166,18 +204,25 @@ class _Packed:
         default = GPU_TOKEN_BUDGET if encoder.device == "cuda" else CPU_TOKEN_BUDGET
         self.token_budget = config.token_budget or default
         self.max_tokens: int = encoder.identity["max_tokens"]
-        self._tokenizer = _tokenizer(layout, self.max_tokens)
+        self._tokenizer, self.special_ids = _tokenizer(layout, self.max_tokens)
         weights, body = read_body(layout)
-        self._forward = PackedBert(weights, body, layout.pooling, getattr(torch, encoder.dtype),
-                                   torch.device(encoder.device))
+        self.forward = PackedBert(weights, body, layout.pooling, getattr(torch, encoder.dtype),
+                                  torch.device(encoder.device))
 
     def vectors(self, texts: Sequence[str], prompt: str) -> Vectors:
+        """Pooled vectors, float32 (N, D), of N prepared texts."""
+        out = np.empty((len(texts), self.forward.dimension), dtype=np.float32)
+        for batch, token_ids in self.batches(texts, prompt):
+            out[batch] = self.forward(token_ids)
+        return out
+
+    def batches(self, texts: Sequence[str], prompt: str
+                ) -> Iterator[tuple[npt.NDArray[np.intp], list[npt.NDArray[np.int32]]]]:
+        """(places of the texts, their tokens by falling length) of each forward pass."""
         token_ids = self._tokenise(texts, prompt)
         order = np.argsort([-len(one) for one in token_ids], kind="stable")
-        out = np.empty((len(texts), self._forward.dimension), dtype=np.float32)
         for batch in self._batches(order, token_ids):
-            out[batch] = self._forward([token_ids[place] for place in batch])
-        return out
+            yield batch, [token_ids[place] for place in batch]
 
     def _tokenise(self, texts: Sequence[str], prompt: str) -> list[npt.NDArray[np.int32]]:
         token_ids = []
@@ -214,10 +259,12 @@ class _ThroughSentenceTransformers:
         return vectors
 
 
-def _tokenizer(layout: SentenceLayout, max_tokens: int) -> Any:
+def _tokenizer(layout: SentenceLayout, max_tokens: int) -> tuple[Any, tuple[int, ...]]:
+    """(the fast tokenizer, cut at `max_tokens`; the ids of its special tokens)."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(layout.transformer), local_files_only=True).backend_tokenizer
+    whole = AutoTokenizer.from_pretrained(str(layout.transformer), local_files_only=True)
+    tokenizer = whole.backend_tokenizer
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_tokens)
-    return tokenizer
+    return tokenizer, tuple(sorted(set(whole.all_special_ids)))

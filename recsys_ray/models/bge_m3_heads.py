@@ -1,0 +1,88 @@
+"""BGE-M3's two heads over token states: `sparse_linear.pt` and `colbert_linear.pt` beside the body's files.
+
+Each file is the state of one linear layer, {weight, bias}. The sparse head gives a token the weight
+relu(w . h + b); the multi-vector head gives it the unit-length vector of W h + b (Chen et al., "BGE
+M3-Embedding", arXiv 2402.03216, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from recsys_ray.models.sentence_layout import MULTI_HEAD, SPARSE_HEAD, EncoderError, head_file
+
+
+class BgeM3Heads(nn.Module):
+    """The heads that are there; both compute in float32 whatever the body's type."""
+
+    def __init__(self, sparse: nn.Linear | None, multi: nn.Linear | None) -> None:
+        super().__init__()
+        self.sparse_linear, self.colbert_linear = sparse, multi
+
+    @classmethod
+    def new(cls, dimension: int, multi_dimension: int | None = None) -> Self:
+        """Random heads for a body of `dimension`, as a first training starts from."""
+        return cls(nn.Linear(dimension, 1), nn.Linear(dimension, multi_dimension or dimension))
+
+    @classmethod
+    def load(cls, root: Path, dimension: int, *, sparse: bool = True, multi: bool = True) -> Self:
+        """The heads that are asked for; raises `EncoderError` naming the file that is missing or does not fit."""
+        return cls(_read_linear(root / SPARSE_HEAD, dimension, 1) if sparse else None,
+                   _read_linear(root / MULTI_HEAD, dimension, None) if multi else None)
+
+    def save(self, root: Path) -> None:
+        """Write each head's file into a model's directory."""
+        for head, name in ((self.sparse_linear, SPARSE_HEAD), (self.colbert_linear, MULTI_HEAD)):
+            if head is not None:
+                state = {key: tensor.detach().float().cpu().contiguous() for key, tensor in head.state_dict().items()}
+                torch.save(state, root / name)
+
+    def token_weights(self, hidden_TD: Tensor) -> Tensor:
+        """The lexical weight of every token, float32 (T,), at least 0."""
+        if self.sparse_linear is None:
+            raise EncoderError("this model was loaded without its sparse head; load it with sparse=True")
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            weights: Tensor = self.sparse_linear(hidden_TD.float()).squeeze(-1)
+        return F.relu(weights)
+
+    def token_vectors(self, hidden_TD: Tensor) -> Tensor:
+        """The unit-length vector of every token, float32 (T, M)."""
+        if self.colbert_linear is None:
+            raise EncoderError("this model was loaded without its multi-vector head; load it with multi_vector=True")
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            return F.normalize(self.colbert_linear(hidden_TD.float()), dim=-1)
+
+
+def multi_dimension(root: Path, dimension: int) -> int:
+    """The size of the token vectors that a model's multi-vector head gives."""
+    return _read_linear(root / MULTI_HEAD, dimension, None).out_features
+
+
+def _read_linear(path: Path, inputs: int, outputs: int | None) -> nn.Linear:
+    try:
+        state = torch.load(head_file(path), map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn or foreign file makes torch raise a dozen kinds
+        raise EncoderError(f"{path}: cannot be read as a head's weights ({type(error).__name__}); "
+                           "fetch the model again") from None
+    if not isinstance(state, dict) or set(state) != {"weight", "bias"}:
+        raise EncoderError(f"{path}: holds {_named(state)}, not exactly weight and bias")
+    weight, bias = state["weight"], state["bias"]
+    wanted = (outputs if outputs is not None else weight.shape[0], inputs)
+    if tuple(weight.shape) != wanted or tuple(bias.shape) != wanted[:1]:
+        raise EncoderError(f"{path}: weight {tuple(weight.shape)} and bias {tuple(bias.shape)} where {wanted} and "
+                           f"{wanted[:1]} belong; the head is of another body")
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise EncoderError(f"{path}: holds NaN or infinity; fetch the model again")
+    linear = nn.Linear(inputs, wanted[0])
+    linear.load_state_dict({"weight": weight.float(), "bias": bias.float()})
+    return linear
+
+
+def _named(state: object) -> str:
+    return ", ".join(map(str, state)) if isinstance(state, Iterable) else type(state).__name__

@@ -1,0 +1,1 @@
+"""One training loop and a small task for each model."""
