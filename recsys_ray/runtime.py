@@ -94,6 +94,17 @@ def _session(**options: Any) -> Iterator[None]:
             signal.signal(signal.SIGTERM, previous)
 
 
+def core_cpus() -> float:
+    """The logical CPUs of one core: a local Ray declares more than there are cores, a cluster does not.
+
+    Short tasks that ask for as many run one a core; each further one would start a process of its own,
+    which costs a CPU-second of imports before it works.
+    """
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+    return max(1.0, resources.get("CPU", 1) / (os.cpu_count() or 1)) if nodes == 1 else 1.0
+
+
 def _configure_data(config: RayConfig) -> None:
     context = ray.data.DataContext.get_current()
     context.execution_no_progress_timeout_s = config.no_progress_timeout_s

@@ -44,6 +44,7 @@ from recsys_ray.artifacts import (
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.text_encoder import TextEncoder, TextEncoderConfig, encoder_identity
+from recsys_ray.models.token_signals import signal_fields
 from recsys_ray.retrieval.embedding_store import (
     HASH_COLUMNS,
     TEXT_COLUMNS,
@@ -107,7 +108,8 @@ class _Job:
 
 
 def embed_products(config: EmbedConfig) -> Artifact:
-    """The `embeddings` artefact: vectors/bucket-*.parquet (EMBEDDING), one row a product with a text.
+    """The `embeddings` artefact: vectors/bucket-*.parquet (EMBEDDING), one row a product with a text, with
+    the columns of the encoder's signals when the configuration asks for them.
 
     Every other product is in quarantine.parquet with its reason. Facts: encoder (identity), dtype,
     dimension, num_buckets, rows, embedded_now, reused, quarantined, clipped, units, units_recomputed.
@@ -158,7 +160,7 @@ def _earlier(output: Path, key: str, prepared: Artifact, identity: dict[str, Any
 
 def _run(config: EmbedConfig, job: _Job, prepared: Artifact, staging: Staging) -> Artifact:
     buckets = [Path(name).stem for name in prepared.names("product_text/")]
-    plan_one = ray.remote(num_cpus=ACTOR_CPUS)(_plan_bucket)
+    plan_one = ray.remote(num_cpus=ACTOR_CPUS * runtime.core_cpus())(_plan_bucket)
     plans: list[BucketPlan] = ray.get([
         plan_one.remote(job, bucket, config.unit_rows, config.encoder.max_chars) for bucket in buckets])
     units = plan_units(plans, config.unit_rows)
@@ -286,7 +288,8 @@ class _UnitEmbedder:
         with attempts.open("ab") as stream:  # one byte a start: what was done twice is counted
             stream.write(b".")
         rows = pa.concat_tables([pending_rows(chunk, *self._bucket(chunk.bucket)) for chunk in unit.chunks])
-        vectors, quarantined = embed_rows(rows, self.encoder.encode_documents, self.encoder.dimension)
+        vectors, quarantined = embed_rows(rows, self.encoder.encode_all_documents, self.encoder.dimension,
+                                          signal_fields(self.encoder.identity))
         entry = write_table(staging, f"shards/{unit.name}.parquet", vectors)
         write_text(staging / f"shards/{unit.name}.json", json.dumps({
             "entry": entry.model_dump(), "dtype": self.encoder.dtype, "quarantine": quarantined.to_pylist()}))
@@ -321,7 +324,7 @@ def _merge(job: _Job, plans: Sequence[BucketPlan], units: Sequence[Unit], stagin
     for unit in units:
         for chunk in unit.chunks:
             units_of[chunk.bucket].append(unit.name)
-    merge_one = ray.remote(num_cpus=ACTOR_CPUS)(_merge_bucket)
+    merge_one = ray.remote(num_cpus=ACTOR_CPUS * runtime.core_cpus())(_merge_bucket)
     merged: list[tuple[FileEntry, pa.Table]] = ray.get([
         merge_one.remote(job, plan, sorted(set(units_of[plan.bucket]))) for plan in plans])
     quarantine = pa.concat_tables([QUARANTINE.empty_table(), *(table for _, table in merged)])
@@ -345,7 +348,8 @@ def _merge_bucket(job: _Job, plan: BucketPlan, units: Sequence[str]) -> tuple[Fi
     poison = pa.concat_tables(set_aside)
     here = set(texts.column("product_id").to_pylist())  # a shard may hold rows of several buckets
     poison = poison.filter(pa.array([key in here for key in poison.column("key").to_pylist()], pa.bool_()))
-    vectors = merge_bucket(plan.bucket, texts, job.earlier(plan.bucket), shards, poison, job.identity["dimension"])
+    vectors = merge_bucket(plan.bucket, texts, job.earlier(plan.bucket), shards, poison, job.identity["dimension"],
+                           signal_fields(job.identity))
     return write_table(staging, name, vectors), pa.concat_tables([empty_texts(texts), poison])
 
 
