@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 RAY_MODULES = {  # everything else is a pure function on Arrow, numpy or torch
     "runtime.py", "flow.py", "data/sources/readers.py", "data/pipeline.py", "data/training_pairs.py",
-    "retrieval/embed.py", "retrieval/index_build.py", "retrieval/batch.py", "serving/app.py",
+    "retrieval/embed.py", "retrieval/index_build.py", "retrieval/batch.py", "retrieval/mining.py", "serving/app.py",
 }
 JUNK_DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base"}
 HEAVY = {"torch", "faiss", "ray", "sentence_transformers", "transformers", "matplotlib", "openvino"}

@@ -182,6 +182,8 @@ def make_bucket(job: PairJob, bucket: str) -> BucketPairs:
     for split, found in rows.items():
         if options.form == "triplet":
             add_random_negatives(found, catalogue, options.negatives, options.seed)
+            result.counts["pairs with fewer negatives than asked for"] += sum(
+                len(row["negative_row_ids"]) < options.negatives for row in found)
         result.files.append(write_table(Path(job.staging), f"pairs/{split}/{bucket}.parquet", pair_table(found)))
     return result
 
