@@ -8,6 +8,9 @@ adds missing nullable columns on purpose, and names the column when a table does
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pyarrow as pa
 
 TEXTS = pa.list_(pa.string())
@@ -104,6 +107,7 @@ JUDGMENT = _schema(
 CANDIDATE = _schema(
     ("query_id", pa.string()), ("row_id", pa.int64()), ("product_id", pa.string()), ("rank", pa.int32()),
     ("score", pa.float32()), ("dense_score", pa.float32()), ("lexical_score", pa.float32()),
+    ("sparse_score", pa.float32()), ("multi_score", pa.float32()),  # null where nothing asked for them
     required=("query_id", "row_id", "product_id", "rank", "score"),
 )
 
@@ -119,12 +123,16 @@ AUDIT = _schema(
 )
 
 
-def embedding_schema(dimension: int) -> pa.Schema:
-    """EMBEDDING: row_id, product_id, text_hash, vector (plain FixedSizeList<float32>, never Ray's tensor type)."""
-    return _schema(
+def embedding_schema(dimension: int, signals: Sequence[pa.Field[Any]] = ()) -> pa.Schema:
+    """EMBEDDING: row_id, product_id, text_hash, vector (plain FixedSizeList<float32>, never Ray's tensor type).
+
+    `signals` are the fields of what the encoder gives besides (`token_signals.signal_fields`).
+    """
+    fields = _schema(
         ("row_id", pa.int64()), ("product_id", pa.string()), ("text_hash", pa.string()),
         ("vector", pa.list_(pa.float32(), dimension)), required=("row_id", "product_id", "text_hash", "vector"),
     )
+    return pa.schema([*fields, *signals])
 
 
 class SchemaError(ValueError):

@@ -28,6 +28,7 @@ from recsys_ray.models.sentence_layout import (
     head_file,
     read_layout,
 )
+from recsys_ray.models.token_signals import Encoding
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +78,14 @@ class TextEncoder:
     def encode_queries(self, texts: Sequence[str]) -> Vectors:
         """Vectors of N queries, float32 (N, D)."""
         return self._encode(texts, self.identity["query_prompt"])
+
+    def encode_all_documents(self, texts: Sequence[str]) -> Encoding:
+        """All that this encoder gives for N product texts: vectors, and signals where it has the heads."""
+        return Encoding(self.encode_documents(texts))
+
+    def encode_all_queries(self, texts: Sequence[str]) -> Encoding:
+        """All that this encoder gives for N queries."""
+        return Encoding(self.encode_queries(texts))
 
     def _encode(self, texts: Sequence[str], prompt: str) -> Vectors:
         if not len(texts):

@@ -6,8 +6,8 @@ Both are ragged, so they are kept flat with offsets: text i owns the entries fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,17 @@ class Signals:
         return Signals(None if self.sparse is None else self.sparse.take(places),
                        None if self.multi is None else self.multi.take(places))
 
+    def finite(self, count: int) -> npt.NDArray[np.bool_]:
+        """Which of the `count` texts have neither NaN nor infinity in their signals, shape (N,)."""
+        good = np.ones(count, dtype=np.bool_)
+        if self.sparse is not None:
+            bad = np.flatnonzero(~np.isfinite(self.sparse.weights))
+            good[np.searchsorted(self.sparse.offsets, bad, side="right") - 1] = False
+        if self.multi is not None:
+            bad = np.flatnonzero(~np.isfinite(self.multi.vectors).all(axis=1))
+            good[np.searchsorted(self.multi.offsets, bad, side="right") - 1] = False
+        return good
+
     def columns(self) -> dict[str, pa.Array[Any]]:
         """Arrow columns of N rows: lists of tokens, of weights and of vectors, as far as there are any."""
         found: dict[str, pa.Array[Any]] = {}
@@ -101,7 +112,7 @@ class Encoding:
     """All an encoder gives for N texts: vectors (N, D), None where not asked for, and signals."""
 
     dense: Floats | None
-    signals: Signals = Signals()
+    signals: Signals = field(default_factory=Signals)
 
     def take(self, places: npt.NDArray[np.integer[Any]]) -> Encoding:
         """The texts at `places`, in that order."""
@@ -121,6 +132,12 @@ def concat_signals(parts: Sequence[Signals]) -> Signals:
         MultiVectors(_joined(multi), np.concatenate([one.vectors for one in multi])) if multi else None)
 
 
+def concat_encodings(parts: Sequence[Encoding]) -> Encoding:
+    """The texts of all parts, which have vectors, in order."""
+    dense = np.concatenate([part.dense for part in parts if part.dense is not None])
+    return Encoding(dense, concat_signals([part.signals for part in parts]))
+
+
 def signals_of(table: pa.Table) -> Signals:
     """The signals in the columns of a table, as `Signals.columns` wrote them."""
     sparse, multi = None, None
@@ -137,17 +154,24 @@ def signals_of(table: pa.Table) -> Signals:
     return Signals(sparse, multi)
 
 
-def signal_fields(sparse: bool, multi_dimension: int | None, multi_dtype: str = "float16") -> list[pa.Field[Any]]:
-    """The fields of the columns that `Signals.columns` gives."""
+def signal_fields(identity: Mapping[str, Any]) -> list[pa.Field[Any]]:
+    """The fields of the columns that an encoder of this identity adds to its vectors; none for most encoders."""
     fields = []
-    if sparse:
+    if "sparse_sha256" in identity:
         kinds = (pa.int32(), pa.float32())
         fields = [pa.field(name, pa.list_(kind), nullable=False)
                   for name, kind in zip(SPARSE_COLUMNS, kinds, strict=True)]
-    if multi_dimension is not None:
-        kind = pa.float16() if multi_dtype == "float16" else pa.float32()
-        fields.append(pa.field(MULTI_COLUMN, pa.list_(pa.list_(kind, multi_dimension)), nullable=False))
+    if "multi_vector_sha256" in identity:
+        kind = pa.float16() if identity["multi_vector_dtype"] == "float16" else pa.float32()
+        vector = pa.list_(kind, identity["multi_vector_dimension"])
+        fields.append(pa.field(MULTI_COLUMN, pa.list_(vector), nullable=False))
     return fields
+
+
+def empty_encoding(identity: Mapping[str, Any]) -> Encoding:
+    """What an encoder of this identity gives for no texts, in the right types."""
+    schema = pa.schema(signal_fields(identity))
+    return Encoding(np.zeros((0, int(identity["dimension"])), np.float32), signals_of(schema.empty_table()))
 
 
 def _offsets(column: pa.Array[Any]) -> Ints:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from recsys_ray.ids import row_ids
+from recsys_ray.models.token_signals import Encoding, Signals, concat_signals
 from recsys_ray.schema import PRODUCT_TEXT, QUARANTINE, conform, embedding_schema
 
 TEXT_COLUMNS = ["row_id", "product_id", "text", "text_hash"]
@@ -24,7 +25,8 @@ TEXT_SCHEMA = pa.schema([PRODUCT_TEXT.field(name) for name in TEXT_COLUMNS])
 HASH_COLUMNS = ["row_id", "text_hash"]
 TEXT_SHOWN = 2000  # characters of a quarantined text that are kept
 
-Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
+Encode = Callable[[Sequence[str]], npt.NDArray[np.float32] | Encoding]
+Fields = Sequence["pa.Field[Any]"]      # of the encoder's signals (`token_signals.signal_fields`)
 
 
 class EmbeddingError(ValueError):
@@ -125,17 +127,20 @@ def pending_rows(chunk: Chunk, texts: pa.Table, earlier: pa.Table | None) -> pa.
     return rows
 
 
-def embed_rows(rows: pa.Table, encode: Encode, dimension: int) -> tuple[pa.Table, pa.Table]:
+def embed_rows(rows: pa.Table, encode: Encode, dimension: int, fields: Fields = ()) -> tuple[pa.Table, pa.Table]:
     """(EMBEDDING rows, QUARANTINE rows) of a TEXT table: every row is in exactly one of them.
 
     A row whose text makes `encode` raise is found by halving the batch; a vector with NaN or infinity,
-    or of length zero, is set aside. When not even a plain word can be encoded, the encoder itself is
-    broken and its error is raised.
+    or of length zero, and signals with NaN or infinity are set aside. When not even a plain word can be
+    encoded, the encoder itself is broken and its error is raised.
     """
     texts = _strings(rows, "text")
     vectors, problems = np.zeros((len(texts), dimension), dtype=np.float32), [""] * len(texts)
-    _encode_halving(texts, range(len(texts)), encode, vectors, problems)
+    parts: list[tuple[range, Signals]] = []
+    _encode_halving(texts, range(len(texts)), encode, vectors, parts, problems)
     finite = np.asarray(np.isfinite(vectors).all(axis=1))
+    for places, signals in parts:
+        finite[places.start:places.stop] &= signals.finite(len(places))
     nonzero = np.abs(vectors).max(axis=1) > 0
     for place in np.flatnonzero(~(finite & nonzero)):
         problems[place] = problems[place] or ("vector of zeros" if finite[place] else "vector with NaN or infinity")
@@ -143,20 +148,31 @@ def embed_rows(rows: pa.Table, encode: Encode, dimension: int) -> tuple[pa.Table
     columns = [rows.column(name).combine_chunks().filter(pa.array(good))
                for name in ("row_id", "product_id", "text_hash")]
     flat = pa.array(vectors[good].ravel(), type=pa.float32())
-    table = pa.Table.from_arrays([*columns, pa.FixedSizeListArray.from_arrays(flat, dimension)],
-                                 schema=embedding_schema(dimension))
+    columns += [pa.FixedSizeListArray.from_arrays(flat, dimension), *_signal_columns(parts, good, fields)]
+    table = pa.Table.from_arrays(columns, schema=embedding_schema(dimension, fields))
     return table, quarantine(rows.filter(pa.array(~good)), [problem for problem in problems if problem])
 
 
+def _signal_columns(parts: Sequence[tuple[range, Signals]], good: npt.NDArray[np.bool_], fields: Fields
+                    ) -> list[pa.Array[Any]]:
+    """The columns `fields` of the good rows; `parts` ascend and leave out rows that could not be encoded."""
+    encoded = np.concatenate([np.zeros(0, np.int64), *(np.arange(one.start, one.stop) for one, _ in parts)])
+    found = concat_signals([signals for _, signals in parts]).take(np.flatnonzero(good[encoded])).columns()
+    return [found[field.name] if len(encoded) else pa.array([], field.type) for field in fields]
+
+
 def _encode_halving(texts: list[str], places: range, encode: Encode, vectors: npt.NDArray[np.float32],
-                    problems: list[str]) -> None:
+                    parts: list[tuple[range, Signals]], problems: list[str]) -> None:
     try:
-        vectors[places.start:places.stop] = encode(texts[places.start:places.stop])
+        found = encode(texts[places.start:places.stop])
+        encoding = found if isinstance(found, Encoding) else Encoding(found)
+        vectors[places.start:places.stop] = encoding.dense
+        parts.append((places, encoding.signals))
     except Exception as error:
         if len(places) > 1:
             middle = places.start + len(places) // 2
-            _encode_halving(texts, range(places.start, middle), encode, vectors, problems)
-            _encode_halving(texts, range(middle, places.stop), encode, vectors, problems)
+            _encode_halving(texts, range(places.start, middle), encode, vectors, parts, problems)
+            _encode_halving(texts, range(middle, places.stop), encode, vectors, parts, problems)
             return
         encode(["text"])  # raises when the encoder, not the row, is the problem
         problems[places.start] = f"the encoder failed: {type(error).__name__}: {error}"[:TEXT_SHOWN]
@@ -178,7 +194,7 @@ def empty_texts(texts: pa.Table) -> pa.Table:
 
 
 def merge_bucket(bucket: str, texts: pa.Table, earlier: pa.Table | None, fresh: Sequence[pa.Table],
-                 set_aside: pa.Table, dimension: int) -> pa.Table:
+                 set_aside: pa.Table, dimension: int, fields: Fields = ()) -> pa.Table:
     """EMBEDDING rows of one bucket, sorted by row id: carried over from `earlier`, else from `fresh`.
 
     `fresh` may hold rows of other buckets. Errors: `EmbeddingError` unless every row of `texts` with a
@@ -187,7 +203,7 @@ def merge_bucket(bucket: str, texts: pa.Table, earlier: pa.Table | None, fresh: 
     texts = _sorted_texts(bucket, texts)
     texts = texts.filter(pa.array(~_empty(texts)))
     carried = _carried(texts, earlier)
-    parts = [embedding_schema(dimension).empty_table()]
+    parts = [embedding_schema(dimension, fields).empty_table()]
     if earlier is not None and carried.any():
         places = np.searchsorted(_ids(earlier), _ids(texts)[carried])
         parts.append(earlier.take(pa.array(places, pa.int64())))

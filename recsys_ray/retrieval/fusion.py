@@ -1,10 +1,11 @@
-"""One score from two: how the dense and the lexical score of a candidate become its rank.
+"""One score from several: how the dense, the lexical and other scores of a candidate become its rank.
 
-All functions look at one query's candidates, each of which carries both scores, so the result does
+All functions look at one query's candidates, each of which carries all scores, so the result does
 not depend on which retriever found a candidate, nor on how the catalogue is divided into segments.
-Two methods:
+The scores by learned token weights (sparse) and by late interaction (multi) take part when they have
+a weight; the lexical score has what the others leave, w_l = 1 - w_d - w_s - w_m. Three methods:
 
-* convex (default): w * dense' + (1 - w) * lexical'. Each score is min-max normalised over its own
+* convex (default): the weighted sum of normalised scores. Each score is min-max normalised over its own
   `window` best candidates: the best has 1, the last of the window 0, and what lies below falls by a
   thousandth of that slope, enough to keep its order and too little to outweigh the other score.
   The lexical minimum is 0, what BM25 gives a text without any query term, while fewer than `window`
@@ -12,19 +13,21 @@ Two methods:
   Hybrid Retrieval", TOIS 2023, take -1 for a cosine) leaves the dense scores of a catalogue in a
   narrow band near the top and lets the weaker retriever spoil the stronger one; a window also makes
   the result independent of how many further candidates were fetched.
-* rrf: w / (c + dense rank) + (1 - w) / (c + lexical rank); a candidate without any query term has
-  no lexical rank. Cormack et al., SIGIR 2009, with weights.
+* rrf: the sum of w_i / (c + rank by score i); a candidate without any query term has no lexical
+  rank, one without any shared token no sparse rank. Cormack et al., SIGIR 2009, with weights.
+* sum: the weighted sum of the scores as they are. What BGE-M3 does with its own three, whose scales
+  are alike: its weights (1, 0.3, 1) are dense_weight 0.435, sparse_weight 0.13, multi_weight 0.435.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from recsys_ray.config import Config
 
@@ -39,29 +42,67 @@ class FusionError(ValueError):
 
 
 class FusionConfig(Config):
-    """How two scores become one."""
+    """How several scores become one."""
 
-    method: Literal["convex", "rrf"] = "convex"
+    method: Literal["convex", "rrf", "sum"] = "convex"
     # 0.35: cross-validated over the judged queries of two real shops (benchmarks/results/esci.json, icecat.json)
-    dense_weight: float = Field(default=0.35, ge=0, le=1)   # the lexical score has the rest
+    dense_weight: float = Field(default=0.35, ge=0, le=1)   # the lexical score has what all others leave
+    sparse_weight: float = Field(default=0.0, ge=0, le=1)   # of learned token weights; above 0 they are searched
+    multi_weight: float = Field(default=0.0, ge=0, le=1)    # of late interaction; above 0 candidates are scored by it
     window: int = Field(default=100, ge=2)                  # convex: candidates over which a score goes from 1 to 0
     rrf_k: int = Field(default=60, ge=1)                    # rrf: the constant added to every rank
 
+    @model_validator(mode="after")
+    def _leave_a_rest(self) -> Self:
+        if self.lexical_weight < 0:
+            raise ValueError("dense_weight, sparse_weight and multi_weight sum to more than 1; the lexical score has "
+                             "what they leave")
+        return self
 
-def fuse(dense: Floats, lexical: Floats, config: FusionConfig) -> npt.NDArray[np.float32]:
-    """The fused scores, shape (C,), of one query's C candidates; a NaN dense score counts as the lowest."""
-    if dense.shape != lexical.shape:
-        raise FusionError(f"{len(dense)} dense scores but {len(lexical)} lexical scores: every candidate needs both")
-    if len(dense) == 0:
-        return np.zeros(0, dtype=np.float32)
-    weight = config.dense_weight
-    dense_part, lexical_part = dense.astype(np.float64), lexical.astype(np.float64)
+    @property
+    def lexical_weight(self) -> float:
+        """What the other weights leave; a rounding error below 0 is 0."""
+        rest = 1 - (self.dense_weight + self.sparse_weight + self.multi_weight)
+        return 0.0 if abs(rest) < 1e-9 else rest
+
+    @property
+    def asks_signals(self) -> bool:
+        """Whether learned token weights or token vectors have a say."""
+        return self.sparse_weight > 0 or self.multi_weight > 0
+
+
+def fuse(dense: Floats, lexical: Floats, config: FusionConfig, sparse: Floats | None = None,
+         multi: Floats | None = None) -> npt.NDArray[np.float32]:
+    """The fused scores, shape (C,), of one query's C candidates; a NaN dense or multi score counts as the lowest.
+
+    Errors: `FusionError` when a score that has a weight is missing or of another length.
+    """
+    weighted = [(dense, config.dense_weight, False), (lexical, config.lexical_weight, True)]
+    for name, scores, weight, matches in (("sparse", sparse, config.sparse_weight, True),
+                                          ("multi", multi, config.multi_weight, False)):
+        if weight > 0:
+            if scores is None:
+                raise FusionError(f"fusion.{name}_weight is {weight}, but the candidates have no {name} scores")
+            weighted.append((scores, weight, matches))
+    if any(scores.shape != dense.shape for scores, _, _ in weighted):
+        raise FusionError(f"{len(dense)} dense scores but {[len(one) for one, _, _ in weighted[1:]]} lexical and other "
+                          "scores: every candidate needs both, and each other score that has a weight")
+    total = np.zeros(len(dense))
+    for scores, weight, matches in weighted if len(dense) else ():
+        total += weight * _part(scores.astype(np.float64), matches, config)
+    return total.astype(np.float32)
+
+
+def _part(scores: Floats, matches: bool, config: FusionConfig) -> Floats:
+    """One score as it enters the sum; with `matches` a candidate of score 0 shares nothing with the query."""
     if config.method == "rrf":
-        known = np.where(np.isnan(dense_part), 0, reciprocal_ranks(dense_part, config.rrf_k))
-        matched = np.where(lexical_part > 0, reciprocal_ranks(lexical_part, config.rrf_k), 0)
-        return (weight * known + (1 - weight) * matched).astype(np.float32)
-    return (weight * normalised(dense_part, config.window)
-            + (1 - weight) * normalised(np.where(lexical_part > 0, lexical_part, 0), config.window)).astype(np.float32)
+        there = scores > 0 if matches else ~np.isnan(scores)
+        return np.where(there, reciprocal_ranks(scores, config.rrf_k), 0)
+    scores = np.where(scores > 0, scores, 0) if matches else scores
+    if config.method == "convex":
+        return normalised(scores, config.window)
+    known = scores[~np.isnan(scores)]
+    return np.nan_to_num(scores, nan=float(known.min()) if len(known) else 0.0)
 
 
 def normalised(scores: Floats, window: int) -> Floats:

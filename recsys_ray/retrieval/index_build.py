@@ -40,6 +40,7 @@ from recsys_ray.artifacts import (
 )
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.ids import bucket_of
+from recsys_ray.models.token_signals import Encoding, concat_encodings, empty_encoding
 from recsys_ray.retrieval.index_plan import (
     Change,
     Inputs,
@@ -58,6 +59,7 @@ from recsys_ray.retrieval.lexical import (
     global_statistics,
     merged_statistics,
 )
+from recsys_ray.retrieval.segment_signals import SegmentSignals
 from recsys_ray.retrieval.segments import (
     LEXICON,
     ROWS,
@@ -200,8 +202,8 @@ def _build_segments(inputs: Inputs, config: BuildIndexConfig, staging: Staging, 
 def _build_segment(inputs: Inputs, directory: str, name: str, part: Part, config: BuildIndexConfig) -> list[FileEntry]:
     if _finished(Path(directory), name, part.card()):
         return segment_entries(Path(directory), name)
-    rows, vectors = read_part(inputs, part)
-    return write_segment(Path(directory), name, rows, vectors, config.vector, config.lexical, part.card())
+    rows, encoded = read_part(inputs, part)
+    return write_segment(Path(directory), name, rows, encoded, config.vector, config.lexical, part.card())
 
 
 def _finished(directory: Path, name: str, card: Mapping[str, Any]) -> bool:
@@ -289,15 +291,15 @@ def _compact_part(root: str, version: str, directory: str, name: str, buckets: n
     card = Part(tuple(f"bucket-{number:05d}" for number in buckets), num_buckets).card()
     if _finished(Path(directory), name, card):
         return segment_entries(Path(directory), name)
-    tables, blocks = [ROWS.empty_table()], []
+    tables = [ROWS.empty_table()]
+    blocks = [empty_encoding(facts["encoder"])]
     for segment in segments_of(current, buckets, num_buckets):
         rows = current.table(segment_files(segment)[0])
         mask = live_mask(current, segment) & np.isin(bucket_of(rows["row_id"].to_numpy(), num_buckets), buckets)
         vectors = np.load(current.file(segment_files(segment)[2]), mmap_mode="r", allow_pickle=False)
+        stored = SegmentSignals.load(current, segment).signals()
         tables.append(rows.filter(pa.array(mask)).select(ROWS.names))
-        blocks.append(np.asarray(vectors[mask]))
-    if not blocks:
-        blocks.append(np.zeros((0, int(facts["encoder"]["dimension"])), np.float32))
-    rows, vectors = sorted_rows(pa.concat_tables(tables), np.concatenate(blocks))
-    return write_segment(Path(directory), name, rows, vectors, VectorIndexConfig.model_validate(facts["vector"]),
+        blocks.append(Encoding(vectors, stored).take(np.flatnonzero(mask)))
+    rows, encoded = sorted_rows(pa.concat_tables(tables), concat_encodings(blocks))
+    return write_segment(Path(directory), name, rows, encoded, VectorIndexConfig.model_validate(facts["vector"]),
                          LexicalConfig.model_validate(facts["lexical"]), card)

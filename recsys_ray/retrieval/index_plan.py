@@ -21,10 +21,10 @@ import pyarrow.compute as pc
 from recsys_ray.artifacts import Artifact, open_artifact
 from recsys_ray.config import fingerprint
 from recsys_ray.ids import bucket_of, row_ids
+from recsys_ray.models.token_signals import Encoding, concat_encodings, signals_of
 from recsys_ray.retrieval.segments import IndexMismatch, card_file, catalogue_rows, live_mask, segment_files
 
 Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 Group = tuple[str, ...]
 
 
@@ -89,8 +89,8 @@ def bucket_groups(prepared: Artifact, rows_per_segment: int) -> list[Group]:
     return [*groups, tuple(taken)] if taken else groups
 
 
-def read_bucket(prepared: Artifact, embeddings: Artifact, bucket: str, set_aside: Ints) -> tuple[pa.Table, Floats]:
-    """ROWS of one bucket and their vectors, shape (N, D), both by row id.
+def read_bucket(prepared: Artifact, embeddings: Artifact, bucket: str, set_aside: Ints) -> tuple[pa.Table, Encoding]:
+    """ROWS of one bucket and their vectors, shape (N, D), and signals, all by row id.
 
     `set_aside` are the rows whose text could not be embedded. Errors: `IndexMismatch` naming the bucket
     when a vector belongs to no row or to another text, comes twice or is not finite, and when a row
@@ -123,7 +123,7 @@ def read_bucket(prepared: Artifact, embeddings: Artifact, bucket: str, set_aside
     if len(bad) or len(flat) != len(embedded):
         what = f"the vector of row {embedded[bad[0]]} is not finite" if len(bad) else "a row has no vector"
         raise IndexMismatch(f"{where}: {what}; run the embed job again")
-    return rows, flat
+    return rows, Encoding(flat, signals_of(vectors))
 
 
 def _refuse_other_rows(known: Ints, embedded: Ints, set_aside: Ints, where: str) -> None:
@@ -145,25 +145,25 @@ def rows_set_aside(embeddings: Artifact) -> Ints:
     return row_ids(keys)
 
 
-def read_part(inputs: Inputs, part: Part) -> tuple[pa.Table, Floats]:
-    """ROWS of a part and their vectors, by row id."""
+def read_part(inputs: Inputs, part: Part) -> tuple[pa.Table, Encoding]:
+    """ROWS of a part and their vectors and signals, by row id."""
     prepared, embeddings = inputs.open()
     aside = rows_set_aside(embeddings)
     tables, blocks = [], []
     for bucket in part.group:
-        rows, vectors = read_bucket(prepared, embeddings, bucket, aside)
+        rows, encoded = read_bucket(prepared, embeddings, bucket, aside)
         if part.wanted is not None:
             mask = np.isin(rows["row_id"].to_numpy(), part.wanted)
-            rows, vectors = rows.filter(pa.array(mask)), vectors[mask]
+            rows, encoded = rows.filter(pa.array(mask)), encoded.take(np.flatnonzero(mask))
         tables.append(rows)
-        blocks.append(vectors)
-    return sorted_rows(pa.concat_tables(tables), np.concatenate(blocks))
+        blocks.append(encoded)
+    return sorted_rows(pa.concat_tables(tables), concat_encodings(blocks))
 
 
-def sorted_rows(rows: pa.Table, vectors: Floats) -> tuple[pa.Table, Floats]:
-    """Rows and vectors by row id."""
+def sorted_rows(rows: pa.Table, encoded: Encoding) -> tuple[pa.Table, Encoding]:
+    """Rows and what the encoder gave for them by row id."""
     order = np.argsort(rows["row_id"].to_numpy(), kind="stable")
-    return rows.take(pa.array(order)), np.ascontiguousarray(vectors[order])
+    return rows.take(pa.array(order)), encoded.take(order)
 
 
 # --- what changed ---------------------------------------------------------------------------------

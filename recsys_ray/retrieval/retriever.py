@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from recsys_ray.config import Config
 from recsys_ray.data.preprocess import clean_query
+from recsys_ray.models.token_signals import Signals
 from recsys_ray.retrieval.fusion import FusionConfig, fuse, ranking
 from recsys_ray.schema import CANDIDATE
 
@@ -46,6 +47,11 @@ class RetrieverConfig(Config):
                              "end would be unknown; raise depth or lower fusion.window")
         return self
 
+    @property
+    def asks_signals(self) -> bool:
+        """Whether learned token weights or token vectors of the queries are needed."""
+        return self.mode == "hybrid" and self.fusion.asks_signals
+
 
 class Retriever:
     """An index, the encoder of its vectors (None suffices for BM25) and how to ask them."""
@@ -69,13 +75,34 @@ class Retriever:
         tables = [self._chunk(kept[start: start + size], k, filters) for start in range(0, len(kept), size)]
         return pa.concat_tables(tables) if tables else CANDIDATE.empty_table()
 
+    def _encoded(self, texts: Sequence[str]) -> tuple[Floats | None, Signals | None]:
+        if self.encoder is None or self.config.mode == "bm25":
+            return None, None
+        if not self.config.asks_signals:
+            return self.encoder.encode_queries(texts), None
+        encoding = self.encoder.encode_all_queries(texts)
+        return encoding.dense, asked_signals(encoding.signals, self.config)
+
     def _chunk(self, queries: Sequence[tuple[str, str]], k: int, filters: Filters | None) -> pa.Table:
         texts = [text for _, text in queries]
         mode = self.config.mode
-        vectors = self.encoder.encode_queries(texts) if self.encoder is not None and mode != "bm25" else None
-        answers = self.index.search(vectors, texts if mode != "dense" else None, max(self.config.depth, k), filters)
+        vectors, signals = self._encoded(texts)
+        answers = self.index.search(vectors, texts if mode != "dense" else None, max(self.config.depth, k), filters,
+                                    signals)
         return pa.concat_tables([candidate_table(query_id, hits, self.config, k)
                                  for (query_id, _), hits in zip(queries, answers, strict=True)])
+
+
+def asked_signals(signals: Signals, config: RetrieverConfig) -> Signals | None:
+    """Of a query's signals those that the configuration asks the index for; `RetrieverError` when one is missing."""
+    if not config.asks_signals:
+        return None
+    for name, option, found in (("sparse", "sparse", signals.sparse), ("multi", "multi_vector", signals.multi)):
+        if getattr(config.fusion, f"{name}_weight") > 0 and found is None:
+            raise RetrieverError(f"fusion.{name}_weight is above 0, but the encoder does not give what it weighs; "
+                                 f"set encoder.{option} to true, here and for the embeddings")
+    return Signals(signals.sparse if config.fusion.sparse_weight > 0 else None,
+                   signals.multi if config.fusion.multi_weight > 0 else None)
 
 
 def score_hits(hits: SegmentHits, config: RetrieverConfig) -> Floats:
@@ -84,7 +111,7 @@ def score_hits(hits: SegmentHits, config: RetrieverConfig) -> Floats:
         return np.asarray(hits.dense_scores, dtype=np.float32)
     if config.mode == "bm25":
         return np.asarray(hits.lexical_scores, dtype=np.float32)
-    return fuse(hits.dense_scores, hits.lexical_scores, config.fusion)
+    return fuse(hits.dense_scores, hits.lexical_scores, config.fusion, hits.sparse_scores, hits.multi_scores)
 
 
 def candidate_table(query_id: str, hits: SegmentHits, config: RetrieverConfig, k: int) -> pa.Table:
@@ -92,29 +119,34 @@ def candidate_table(query_id: str, hits: SegmentHits, config: RetrieverConfig, k
     scores = score_hits(hits, config)
     order = ranking(scores, hits.row_ids, k)
     asked = {"dense_score": config.mode != "bm25", "lexical_score": config.mode != "dense"}
-    parts = {"dense_score": hits.dense_scores, "lexical_score": hits.lexical_scores}
+    parts = {"dense_score": hits.dense_scores, "lexical_score": hits.lexical_scores,
+             "sparse_score": hits.sparse_scores, "multi_score": hits.multi_scores}
     return pa.table({
         "query_id": pa.repeat(pa.scalar(query_id, pa.string()), len(order)),
         "row_id": pa.array(hits.row_ids[order], pa.int64()),
         "product_id": pa.array([hits.product_ids[i] for i in order], pa.string()),
         "rank": pa.array(np.arange(1, len(order) + 1), pa.int32()),
         "score": pa.array(scores[order], pa.float32()),
-        **{name: pa.array(parts[name][order], pa.float32(), from_pandas=True) if asked[name]
-           else pa.nulls(len(order), pa.float32()) for name in parts},
+        **{name: pa.array(scores[order], pa.float32(), from_pandas=True)
+           if scores is not None and asked.get(name, True) else pa.nulls(len(order), pa.float32())
+           for name, scores in parts.items()},
     }, schema=CANDIDATE)
 
 
 def refuse_candidates(candidates: pa.Table, fusion: FusionConfig, k: int) -> pa.Table:
-    """The CANDIDATE rows of a hybrid retrieval ranked anew under another fusion; both scores must be there.
+    """The CANDIDATE rows of a hybrid retrieval ranked anew under another fusion; all its scores must be there.
 
     Used to try weights without searching again: exact as far as the candidates reach.
     """
     query_of_row, starts = _groups(candidates)
     dense, lexical = _known_scores(candidates, "dense_score"), _known_scores(candidates, "lexical_score")
+    sparse = _known_scores(candidates, "sparse_score") if fusion.sparse_weight > 0 else None
+    multi = _known_scores(candidates, "multi_score") if fusion.multi_weight > 0 else None
     row_ids = candidates["row_id"].to_numpy()
     taken, ranks, scores = [], [], []
     for rows in np.split(query_of_row, starts):
-        fused = fuse(dense[rows], lexical[rows], fusion)
+        fused = fuse(dense[rows], lexical[rows], fusion, None if sparse is None else sparse[rows],
+                     None if multi is None else multi[rows])
         order = ranking(fused, row_ids[rows], k)
         taken.append(rows[order])
         ranks.append(np.arange(1, len(order) + 1))

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,10 @@ import pyarrow.compute as pc
 
 from recsys_ray.artifacts import Artifact, FileEntry, file_entry, open_artifact, write_table, write_text
 from recsys_ray.ids import row_id as row_id_of
+from recsys_ray.models.token_signals import Encoding, Signals, SparseRows
 from recsys_ray.retrieval.filters import FilterColumns, Filters
+from recsys_ray.retrieval.late_interaction import max_sim
+from recsys_ray.retrieval.learned_sparse import SparsePostings
 from recsys_ray.retrieval.lexical import (
     Bm25Segment,
     LexicalConfig,
@@ -33,6 +36,7 @@ from recsys_ray.retrieval.lexical import (
     best_positions,
     build_postings,
 )
+from recsys_ray.retrieval.segment_signals import SegmentSignals, save_signals
 from recsys_ray.retrieval.vector_index import VectorIndex, VectorIndexConfig
 
 Floats = npt.NDArray[np.float32]
@@ -55,12 +59,17 @@ class IndexMismatch(ValueError):  # noqa: N818 - says what is wrong
 
 @dataclass(frozen=True)
 class SegmentHits:
-    """The candidates of one query: C rows with both scores; NaN dense scores when no vector was asked."""
+    """The candidates of one query: C rows with both scores; NaN dense scores when no vector was asked.
+
+    The scores by learned token weights and by late interaction are None unless they were asked for.
+    """
 
     row_ids: Ints
     product_ids: list[str]
     dense_scores: Floats
     lexical_scores: Floats
+    sparse_scores: Floats | None = None
+    multi_scores: Floats | None = None
 
 
 def segment_files(name: str) -> tuple[str, str, str, str]:
@@ -79,14 +88,15 @@ def card_file(name: str) -> str:
     return f"segments/{name}/segment.json"
 
 
-def write_segment(directory: Path, name: str, rows: pa.Table, vectors: Floats, vector: VectorIndexConfig,
+def write_segment(directory: Path, name: str, rows: pa.Table, encoded: Floats | Encoding, vector: VectorIndexConfig,
                   lexical: LexicalConfig, about: Mapping[str, Any] | None = None) -> list[FileEntry]:
     """Write the segment of N rows (ROWS, by row id) and their vectors (N, D) below `directory`; returns its files.
 
-    The segment's directory appears whole or not at all and takes the place of an earlier one. `about`
-    goes into segment.json.
+    `encoded` are the vectors, or vectors and signals. The segment's directory appears whole or not at all
+    and takes the place of an earlier one. `about` goes into segment.json.
     """
     row_ids = rows["row_id"].to_numpy()
+    vectors, signals = _parts(encoded)
     if not len(rows) == len(vectors) == len(np.unique(row_ids)) or not (np.diff(row_ids) > 0).all():
         raise IndexMismatch(f"segment {name}: {len(rows)} rows, {len(vectors)} vectors, {len(np.unique(row_ids))} "
                             "different row ids; each row is needed once, in order, with its vector")
@@ -97,12 +107,21 @@ def write_segment(directory: Path, name: str, rows: pa.Table, vectors: Floats, v
     write_table(partial, files[0], rows)
     build_postings(rows["lexical_text"].fill_null("").to_pylist(), lexical).save(partial / files[1])
     VectorIndex.build(vectors, vector).save(partial / files[2], partial / files[3])
+    save_signals(signals, partial)
     card = {"rows": rows.num_rows, "dimension": int(vectors.shape[1]), "vector": vector.model_dump(mode="json"),
             "lexical": lexical.model_dump(mode="json"), **(about or {})}
     write_text(partial / Path(card_file(name)).name, json.dumps(card, indent=1, sort_keys=True))
     shutil.rmtree(target, ignore_errors=True)
     os.rename(partial, target)
     return segment_entries(directory, name)
+
+
+def _parts(encoded: Floats | Encoding) -> tuple[Floats, Signals]:
+    if not isinstance(encoded, Encoding):
+        return encoded, Signals()
+    if encoded.dense is None:
+        raise IndexMismatch("an index needs a vector for each row; this encoding has none")
+    return encoded.dense, encoded.signals
 
 
 def segment_entries(directory: Path, name: str) -> list[FileEntry]:
@@ -130,6 +149,10 @@ class Segment:
         lexical = LexicalConfig.model_validate(facts["lexical"])
         self.lexical = Bm25Segment(Postings.load(artifact.file(postings_name)), statistics, lexical)
         card = json.loads(artifact.file(card_file(name)).read_bytes())
+        self.signals = SegmentSignals.load(artifact, name)
+        if self.signals.sizes() - {self.rows.num_rows} or not self.signals.fit(facts["encoder"]):
+            raise IndexMismatch(f"{artifact.path}/segments/{name}: its token weights and vectors are not those of "
+                                f"{self.rows.num_rows} rows by the index's encoder; rebuild the index")
         if not self.vectors.size == self.lexical.size == self.rows.num_rows == card["rows"]:
             raise IndexMismatch(f"{artifact.path}/segments/{name}: {self.rows.num_rows} rows, {self.vectors.size} "
                                 f"vectors and {self.lexical.size} texts do not belong together; rebuild the index")
@@ -143,25 +166,40 @@ class Segment:
         return self.alive if filters is None or filters.pass_all else self.alive & self._filters.mask(filters)
 
     def search(self, vectors: Floats | None, texts: Sequence[str] | None, depth: int,
-               filters: Filters | None) -> list[SegmentHits]:
-        """One answer per query: the `depth` best by either retriever that was asked."""
+               filters: Filters | None, sparse: SparseRows | None = None) -> list[SegmentHits]:
+        """One answer per query: the `depth` best by each retriever that was asked."""
         allowed = self.allowed(filters)
         everything = bool(allowed.all())
         nearest = None if vectors is None else self.vectors.search(vectors, depth, None if everything else allowed)[1]
         count = len(vectors) if vectors is not None else len(texts or ())
         return [self._answer(None if vectors is None else vectors[i], None if nearest is None else nearest[i],
-                             None if texts is None else texts[i], depth, allowed) for i in range(count)]
+                             None if texts is None else texts[i], None if sparse is None else sparse.row(i), depth,
+                             allowed) for i in range(count)]
 
-    def _answer(self, vector: Floats | None, nearest: Ints | None, text: str | None, depth: int,
-                allowed: Mask) -> SegmentHits:
+    def _answer(self, vector: Floats | None, nearest: Ints | None, text: str | None,
+                tokens: tuple[npt.NDArray[np.int32], Floats] | None, depth: int, allowed: Mask) -> SegmentHits:
         scores = None if text is None else self.lexical.document_scores(text)
+        learned = None if tokens is None else self._postings().document_scores(*tokens)
         found = [np.zeros(0, np.int64)] if nearest is None else [nearest]
-        if scores is not None:
-            found.append(best_positions(scores, depth, allowed)[1])
+        found += [best_positions(one, depth, allowed)[1] for one in (scores, learned) if one is not None]
         places = np.unique(np.concatenate(found))
         dense = np.full(len(places), np.nan, np.float32) if vector is None else self.vectors.scores(vector, places)
         lexical = np.zeros(len(places), np.float32) if scores is None else scores[places]
-        return SegmentHits(self.row_ids[places], [self.product_ids[place] for place in places], dense, lexical)
+        return SegmentHits(self.row_ids[places], [self.product_ids[place] for place in places], dense, lexical,
+                           None if learned is None else learned[places])
+
+    def _postings(self) -> SparsePostings:
+        if self.signals.sparse is None:
+            raise IndexMismatch(f"segment {self.name} has no token weights; embed with encoder.sparse=true and "
+                                "rebuild the index, or set fusion.sparse_weight to 0")
+        return self.signals.sparse
+
+    def multi_scores(self, query: npt.NDArray[np.floating[Any]], places: Ints) -> Floats:
+        """The late-interaction scores of the rows at `places` with the token vectors (V, M) of a query."""
+        if self.signals.multi is None:
+            raise IndexMismatch(f"segment {self.name} has no token vectors; embed with encoder.multi_vector=true and "
+                                "rebuild the index, or set fusion.multi_weight to 0")
+        return max_sim(query, self.signals.multi, places)
 
     def places(self, row_ids: Ints) -> Ints:
         """The positions of those of the products that live in this segment."""
@@ -180,16 +218,31 @@ class Segment:
 
 
 def merge_hits(answers: Sequence[SegmentHits], depth: int) -> SegmentHits:
-    """The candidates that one index of all rows would give: the `depth` best by either score, by row id."""
+    """The candidates that one index of all rows would give: the `depth` best by each retriever, by row id."""
     row_ids = np.concatenate([one.row_ids for one in answers]) if answers else np.zeros(0, np.int64)
     product_ids = [product for one in answers for product in one.product_ids]
     dense = np.concatenate([one.dense_scores for one in answers]) if answers else np.zeros(0, np.float32)
     lexical = np.concatenate([one.lexical_scores for one in answers]) if answers else np.zeros(0, np.float32)
+    sparse = _joined([one.sparse_scores for one in answers])
+    multi = _joined([one.multi_scores for one in answers])
     by_dense = np.lexsort((row_ids, -dense))
-    by_lexical = np.lexsort((row_ids, -lexical))
-    kept = np.union1d(by_dense[~np.isnan(dense[by_dense])][:depth], by_lexical[lexical[by_lexical] > 0][:depth])
+    best = [by_dense[~np.isnan(dense[by_dense])][:depth]]
+    for scores in (lexical, sparse):
+        if scores is not None:
+            ranked = np.lexsort((row_ids, -scores))
+            best.append(ranked[scores[ranked] > 0][:depth])
+    kept = np.unique(np.concatenate(best))
     order = kept[np.argsort(row_ids[kept], kind="stable")].astype(np.int64)
-    return SegmentHits(row_ids[order], [product_ids[place] for place in order], dense[order], lexical[order])
+    return SegmentHits(row_ids[order], [product_ids[place] for place in order], dense[order], lexical[order],
+                       None if sparse is None else sparse[order], None if multi is None else multi[order])
+
+
+def _joined(scores: Sequence[Floats | None]) -> Floats | None:
+    """The scores of all answers, or None where none was asked for."""
+    known = [one for one in scores if one is not None]
+    if len(known) not in (0, len(scores)):
+        raise IndexMismatch(f"only {len(known)} of {len(scores)} answers have scores of a kind that the others lack")
+    return np.concatenate(known) if known else None
 
 
 class Index:
@@ -209,13 +262,29 @@ class Index:
         return sum(int(segment.alive.sum()) for segment in self.segments)
 
     def search(self, query_vectors: Floats | None, query_texts: Sequence[str] | None, depth: int,
-               filters: Filters | None = None) -> list[SegmentHits]:
-        """One list of candidates per query, merged over the segments; (Q, D) vectors, Q texts, or both."""
+               filters: Filters | None = None, query_signals: Signals | None = None) -> list[SegmentHits]:
+        """One list of candidates per query, merged over the segments; (Q, D) vectors, Q texts, or both.
+
+        Token weights in `query_signals` find further candidates; with token vectors all candidates are
+        scored once more, by late interaction.
+        """
         if query_vectors is None and query_texts is None:
             raise ValueError("a search needs query vectors, query texts or both")
-        answers = [segment.search(query_vectors, query_texts, depth, filters) for segment in self.segments]
+        signals = query_signals or Signals()
+        answers = [segment.search(query_vectors, query_texts, depth, filters, signals.sparse)
+                   for segment in self.segments]
         count = len(query_vectors) if query_vectors is not None else len(query_texts or ())
-        return [merge_hits([of_segment[number] for of_segment in answers], depth) for number in range(count)]
+        merged = [merge_hits([of_segment[number] for of_segment in answers], depth) for number in range(count)]
+        if signals.multi is None:
+            return merged
+        return [self._rescored(hits, signals.multi.row(number)) for number, hits in enumerate(merged)]
+
+    def _rescored(self, hits: SegmentHits, query: npt.NDArray[np.floating[Any]]) -> SegmentHits:
+        scores = np.full(len(hits.row_ids), np.nan, dtype=np.float32)
+        for segment in self.segments:
+            places = segment.places(hits.row_ids)
+            scores[np.searchsorted(hits.row_ids, segment.row_ids[places])] = segment.multi_scores(query, places)
+        return replace(hits, multi_scores=scores)
 
     def products(self, row_ids: Ints, columns: Sequence[str]) -> list[dict[str, Any]]:
         """The named columns, `row_id` among them, of live products in the order of `row_ids`; else `KeyError`."""

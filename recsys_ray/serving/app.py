@@ -76,6 +76,9 @@ class ServeConfig(Config):
     def _parts_fit(self) -> Self:
         if self.encoder is None and self.retriever.mode != "bm25":
             raise ValueError(f"retriever.mode {self.retriever.mode!r} needs an encoder; name one or use bm25")
+        if self.retriever.asks_signals:
+            raise ValueError("retriever.fusion: the service has dense and BM25 scores; sparse_weight and multi_weight "
+                             "must be 0 here, and are for batch retrieval")
         if self.retriever.depth < self.limits.max_window:
             raise ValueError(f"retriever.depth {self.retriever.depth} is smaller than limits.max_window "
                              f"{self.limits.max_window}: the last pages would be empty; raise depth")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from recsys_ray.ids import row_ids
+from recsys_ray.models.token_signals import Encoding, MultiVectors, Signals, SparseRows, signal_fields, signals_of
 from recsys_ray.retrieval.embedding_store import (
     TEXT_SCHEMA,
     EmbeddingError,
@@ -164,3 +165,43 @@ def test_empty_texts_are_reported_with_their_reason() -> None:
     assert found.schema.equals(QUARANTINE)
     assert found["key"].to_pylist() == ["p1", "p2"]
     assert set(found["reason"].to_pylist()) == {"empty text"}
+
+
+FIELDS = signal_fields({"sparse_sha256": "a", "multi_vector_sha256": "b", "multi_vector_dimension": 2,
+                        "multi_vector_dtype": "float16"})
+
+
+def encode_with_signals(some: Sequence[str]) -> Encoding:
+    """The characters of a text as tokens; a text with a "!" cannot be encoded, one with a "?" has a bad weight."""
+    if any("!" in text for text in some):
+        raise ValueError("an exclamation mark")
+    offsets = np.cumsum([0, *map(len, some)]).astype(np.int64)
+    letters = np.array([ord(letter) for text in some for letter in text], np.int32)
+    weights = np.where(letters == ord("?"), np.nan, letters).astype(np.float32)
+    multi = np.stack([letters, letters % 7], axis=1).astype(np.float16)
+    return Encoding(fake_encode(some), Signals(SparseRows(offsets, letters, weights), MultiVectors(offsets, multi)))
+
+
+def letters_of(table: pa.Table) -> dict[str, str]:
+    found = signals_of(table)
+    assert found.sparse is not None
+    assert found.multi is not None
+    for number in range(table.num_rows):
+        assert found.multi.row(number)[:, 0].tolist() == found.sparse.row(number)[1].tolist()
+    return {name: "".join(map(chr, found.sparse.row(number)[0]))
+            for number, name in enumerate(table["product_id"].to_pylist())}
+
+
+def test_signals_stay_with_their_rows_through_failures_carrying_and_merging() -> None:
+    words = {"p0": "red", "p1": "bad!", "p2": "blue", "p3": "odd?", "p4": "g", "p5": "last"}
+    table = texts(6).set_column(2, "text", pa.array(list(words.values()), pa.string())).sort_by("row_id")
+    fresh, aside = embed_rows(table, encode_with_signals, 2, FIELDS)
+    assert fresh.schema.equals(embedding_schema(2, FIELDS))
+    assert letters_of(fresh) == {name: word for name, word in words.items() if name not in ("p1", "p3")}
+    assert sorted(aside["key"].to_pylist()) == ["p1", "p3"]
+    merged = merge_bucket("b", table, fresh.slice(0, 2), [fresh.slice(2)], aside, 2, FIELDS)
+    assert letters_of(merged) == letters_of(fresh)
+    only_bad = table.filter(pa.array([name == "p1" for name in table["product_id"].to_pylist()]))
+    nothing, aside = embed_rows(only_bad, encode_with_signals, 2, FIELDS)
+    assert nothing.schema.equals(embedding_schema(2, FIELDS))
+    assert (nothing.num_rows, aside.num_rows) == (0, 1)

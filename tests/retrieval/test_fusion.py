@@ -29,6 +29,35 @@ def test_rrf_worked_example() -> None:
     np.testing.assert_allclose(fused, [0.25 / 11, 0.25 / 12 + 0.75 / 11, 0.25 / 13 + 0.75 / 12], rtol=1e-6)
 
 
+def test_all_four_scores_worked_example() -> None:
+    dense, lexical = np.array([0.8, 0.4, 0.2]), np.array([0.0, 10.0, 5.0])
+    sparse, multi = np.array([3.0, 0.0, 6.0]), np.array([0.5, np.nan, 0.3])
+    weights = {"dense_weight": 0.4, "sparse_weight": 0.1, "multi_weight": 0.2, "window": 3, "rrf_k": 10}
+    # convex: dense 1, 1/3, 0; lexical 0, 1, .5; sparse .5, 0, 1; multi 1, 0 (unknown), 0
+    fused = fuse(dense, lexical, FusionConfig(**weights), sparse, multi)
+    np.testing.assert_allclose(fused, [0.4 + 0.05 + 0.2, 0.4 / 3 + 0.3, 0.15 + 0.1], rtol=1e-6)
+    # ranks: dense 1, 2, 3; lexical -, 1, 2; sparse 2, -, 1; multi 1, -, 2
+    fused = fuse(dense, lexical, FusionConfig(method="rrf", **weights), sparse, multi)
+    np.testing.assert_allclose(fused, [0.4 / 11 + 0.1 / 12 + 0.2 / 11, 0.4 / 12 + 0.3 / 11,
+                                       0.4 / 13 + 0.3 / 12 + 0.1 / 11 + 0.2 / 12], rtol=1e-6)
+    # sum: the scores as they are, an unknown one as the lowest
+    fused = fuse(dense, lexical, FusionConfig(method="sum", **weights), sparse, multi)
+    np.testing.assert_allclose(fused, [0.32 + 0.3 + 0.1, 0.16 + 3 + 0.06, 0.08 + 1.5 + 0.6 + 0.06], rtol=1e-6)
+
+
+def test_a_score_with_a_weight_must_be_there_and_weights_leave_a_rest() -> None:
+    with pytest.raises(FusionError, match=r"sparse_weight is 0\.2"):
+        fuse(np.zeros(2), np.zeros(2), FusionConfig(sparse_weight=0.2), multi=np.zeros(2))
+    with pytest.raises(FusionError, match="each other score"):
+        fuse(np.zeros(2), np.zeros(2), FusionConfig(multi_weight=0.2), multi=np.zeros(3))
+    with pytest.raises(ValueError, match="sum to more than 1"):
+        FusionConfig(dense_weight=0.5, sparse_weight=0.3, multi_weight=0.3)
+    assert FusionConfig(dense_weight=0.435, sparse_weight=0.13, multi_weight=0.435).lexical_weight == 0
+    without = fuse(np.array([0.1, 0.9]), np.array([3.0, 2.0]), FusionConfig())
+    with_unused = fuse(np.array([0.1, 0.9]), np.array([3.0, 2.0]), FusionConfig(), np.ones(2), np.ones(2))
+    np.testing.assert_array_equal(without, with_unused)
+
+
 @pytest.mark.parametrize("method", ["convex", "rrf"])
 @pytest.mark.parametrize(("weight", "scores"), [(1.0, "dense"), (0.0, "lexical")])
 def test_the_end_weights_are_the_single_retrievers(method: str, weight: float, scores: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -19,19 +18,12 @@ from recsys_ray.retrieval.retriever import (
     RetrieverError,
     refuse_candidates,
 )
+from recsys_ray.retrieval.segments import SegmentHits
 from recsys_ray.schema import CANDIDATE
 
 TEXTS = ["red dress", "red shoes", "blue dress", "green hat", "red red dress", "oak table", "dress", "red dress"]
 IDS = [f"p{i}" for i in range(len(TEXTS))]
 ROWS = row_ids(IDS)
-
-
-@dataclass
-class Hits:
-    row_ids: np.ndarray
-    product_ids: list[str]
-    dense_scores: np.ndarray
-    lexical_scores: np.ndarray
 
 
 class LetterEncoder:
@@ -51,7 +43,8 @@ class SmallIndex:
         self.vectors = LetterEncoder().encode_queries(TEXTS)
         self.asked: list[int] = []
 
-    def search(self, query_vectors: Any, query_texts: Any, depth: int, filters: Any) -> list[Hits]:
+    def search(self, query_vectors: Any, query_texts: Any, depth: int, filters: Any,
+               signals: Any = None) -> list[SegmentHits]:
         count = len(query_vectors if query_vectors is not None else query_texts)
         self.asked.append(count)
         answers = []
@@ -68,7 +61,7 @@ class SmallIndex:
             rows = np.array(sorted(set(found)), dtype=np.int64)
             if filters is not None:
                 rows = rows[[IDS[i] in filters for i in rows]]
-            answers.append(Hits(ROWS[rows], [IDS[i] for i in rows], dense[rows], lexical[rows]))
+            answers.append(SegmentHits(ROWS[rows], [IDS[i] for i in rows], dense[rows], lexical[rows]))
         return answers
 
 
