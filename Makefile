@@ -19,7 +19,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[$(FAISS),demo,dev,bench]'
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[$(FAISS),demo,dev,bench,llm]'
 	@touch $@
 
 demo: $(VENV)/.demo  ## generate a shop, prepare, embed, index, evaluate, report, serve it and ask it

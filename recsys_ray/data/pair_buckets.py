@@ -7,7 +7,7 @@ texts of the chosen ones, so that memory follows what is chosen and not the buck
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from recsys_ray.artifacts import Artifact, FileEntry, open_artifact, write_table
 from recsys_ray.data.finish import TextLimits, text_limits
+from recsys_ray.data.judged_pairs import JudgedQueries, JudgedQuery, judged_rows
 from recsys_ray.data.keywords import review_keywords
 from recsys_ray.data.pairs import (
     PRODUCT_FIELDS,
@@ -185,6 +186,19 @@ def make_bucket(job: PairJob, bucket: str) -> BucketPairs:
             result.counts["pairs with fewer negatives than asked for"] += sum(
                 len(row["negative_row_ids"]) < options.negatives for row in found)
         result.files.append(write_table(Path(job.staging), f"pairs/{split}/{bucket}.parquet", pair_table(found)))
+    return result
+
+
+def make_judged(job: PairJob, name: str, judged: JudgedQueries, queries: Sequence[JudgedQuery]) -> BucketPairs:
+    """Write the pairs of some judged queries below `job.staging`: pairs/<split>/<name>.parquet."""
+    prepared, result = open_artifact(job.prepared, "prepared", job.version), BucketPairs()
+    rows = judged_rows(queries, prepared, judged, result.counts)
+    for split in ("train", "valid"):
+        mine = [row for row in rows if row["split"] == split]
+        result.counts[f"judged queries, {split}"] += sum(one.split == split for one in queries)
+        for row in mine:
+            result.note_copy(split, row["query_type"], row["query"], row["text"])
+        result.files.append(write_table(Path(job.staging), f"pairs/{split}/{name}.parquet", pair_table(mine)))
     return result
 
 

@@ -30,6 +30,7 @@ Ints = npt.NDArray[np.int64]
 Keywords = Callable[[str, str | None], list[str]]   # (review id, its text) -> its keywords
 PRODUCT_FIELDS = ["row_id", "product_id", "group_id", "title", "brand", "color", "category", "description", "features",
                   "ingredients", "attributes"]
+_PUNCTUATION = "\"'.,;:!?()[]|&*-"
 SLICE_PRODUCTS = 4096   # held as Python objects at once
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
@@ -44,7 +45,8 @@ class ProductQueries(Config):
     title: bool = False                             # the title -> the text without title
     features: int = Field(default=0, ge=0)          # so many bullet points -> the text without that bullet
     description: bool = False                       # the first sentence of the description -> the text without it
-    title_words: int = Field(default=0, ge=0)       # so many short queries: some words of the title -> the whole text
+    title_words: int = Field(default=0, ge=0)       # so many short queries of some words of the title
+    keep_title: bool = False    # in the positives of title_words; with it they copy every word, real queries about 60 %
 
     @property
     def any(self) -> bool:
@@ -243,13 +245,12 @@ def _own_queries(product: Mapping[str, Any], text: str, rule: ProductTextConfig,
         yield "description", "description", _SENTENCE_END.split(description, maxsplit=1)[0], rest(description=None)
     for number in range(wanted.title_words):
         if query := title_words(title, f"{config.seed}:{product['product_id']}:{number}"):
-            yield f"title_words-{number}", "title_words", query, text
+            yield f"title_words-{number}", "title_words", query, text if wanted.keep_title else rest(title=None)
 
 
 def title_words(title: str, seed: str) -> str:
-    """Two to four words of a title in their order, drawn by `seed`: as short as what shoppers type."""
-    informative = content_words(title)
-    words = [word for word in title.split() if content_words(word) & informative]
+    """Two to four words of a title in their order, drawn by `seed`: as short and plain as what shoppers type."""
+    words = [word for word in (one.strip(_PUNCTUATION).lower() for one in title.split()) if content_words(word)]
     if len(words) < 2:
         return ""
     random = np.random.default_rng(int(row_ids([seed])[0]))

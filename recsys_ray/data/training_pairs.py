@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from recsys_ray.artifacts import (
     write_text,
 )
 from recsys_ray.config import fingerprint
-from recsys_ray.data.pair_buckets import BucketPairs, PairJob, audit_rows, copied_shares, make_bucket
+from recsys_ray.data.judged_pairs import JudgedQueries, JudgedQuery, digest, judged_queries
+from recsys_ray.data.pair_buckets import BucketPairs, PairJob, audit_rows, copied_shares, make_bucket, make_judged
 from recsys_ray.data.pairs import PairError, PairsConfig
 from recsys_ray.runtime import RayConfig
 from recsys_ray.schema import AUDIT
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 KIND = "pairs"
 STAGE_VERSION = 1       # raise it when the same inputs would give other pairs
 TASK_CPUS = 0.9
+JUDGED_QUERIES = 2000  # of one file
 
 
 class MakePairsConfig(PairsConfig):
@@ -46,6 +48,7 @@ class MakePairsConfig(PairsConfig):
 
     prepared: Path          # artefact of the prepare job
     output: Path            # artefact root of the pairs
+    judged: JudgedQueries | None = None     # pairs that people judged, beside those of reviews and products
     ray: RayConfig = RayConfig()
 
     def options(self) -> PairsConfig:
@@ -54,7 +57,8 @@ class MakePairsConfig(PairsConfig):
 
 
 def make_pairs(config: MakePairsConfig) -> Artifact:
-    """The `pairs` artefact: pairs/<split>/*.parquet (TRAINING_PAIR) for train and valid, audit/audit.parquet (AUDIT).
+    """The `pairs` artefact: pairs/<split>/*.parquet (TRAINING_PAIR) for train and valid, audit/audit.parquet (AUDIT)
+    and, with judged queries, judged_queries.parquet (query_id, query, split).
 
     Facts: query_type, positive_text, template, num_buckets, counts, copied_token_share (per split),
     copied_token_gap. Errors: `PairError` when there is nothing to make pairs from.
@@ -62,56 +66,62 @@ def make_pairs(config: MakePairsConfig) -> Artifact:
     prepared_root, output = config.prepared.resolve(), config.output.resolve()
     prepared = open_artifact(prepared_root, "prepared")
     options = config.options()
+    judged = judged_queries(config.judged) if config.judged is not None else []
     key = fingerprint({"stage": STAGE_VERSION, "prepared": prepared.manifest.fingerprint,
-                       "options": options.model_dump(mode="json")})
+                       "options": options.model_dump(mode="json"), "judged": digest(judged),
+                       "judged_options": config.judged.model_dump(mode="json") if config.judged else None})
     if (done := find_artifact(output, KIND, key)) is not None:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
         sweep_staging(output, key)
         job = PairJob(str(prepared_root), prepared.manifest.version, str(staging.path), options)
-        buckets = [Path(name).stem for name in prepared.names("products/")]
-        _make(job, buckets)
-        return _publish(config, prepared, staging, [_described(staging.path, bucket) for bucket in buckets])
+        parts: dict[str, list[JudgedQuery] | None] = {
+            Path(name).stem: None for name in prepared.names("products/")}
+        parts |= {f"judged-{start // JUDGED_QUERIES:05d}": judged[start:start + JUDGED_QUERIES]
+                  for start in range(0, len(judged), JUDGED_QUERIES)}
+        _make(job, config.judged, parts)
+        return _publish(config, prepared, staging, [_described(staging.path, part) for part in parts], judged)
 
 
-def _make(job: PairJob, buckets: Sequence[str]) -> None:
+def _make(job: PairJob, judged: JudgedQueries | None, parts: Mapping[str, list[JudgedQuery] | None]) -> None:
     staging = Path(job.staging)
-    todo = [bucket for bucket in buckets if not _finished(staging, bucket)]
-    log.info("%d buckets, %d of them found finished", len(buckets), len(buckets) - len(todo))
-    task, shared = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(_make_bucket), ray.put(job)
-    pending = [task.remote(shared, bucket) for bucket in todo]
+    todo = [part for part in parts if not _finished(staging, part)]
+    log.info("%d parts, %d of them found finished", len(parts), len(parts) - len(todo))
+    task, shared = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(_make_part), ray.put(job)
+    pending = [task.remote(shared, part, judged, parts[part]) for part in todo]
     while pending:
         done, pending = ray.wait(pending)
         ray.get(done)
         finished = len(todo) - len(pending)
         if finished % max(1, len(todo) // 4) == 0:
-            log.info("pairs of %d of %d buckets", finished, len(todo))
+            log.info("pairs of %d of %d parts", finished, len(todo))
 
 
-def _make_bucket(job: PairJob, bucket: str) -> None:
-    result = make_bucket(job, bucket)
-    write_text(Path(job.staging) / "done" / f"{bucket}.json", json.dumps(
+def _make_part(job: PairJob, part: str, judged: JudgedQueries | None, queries: list[JudgedQuery] | None) -> None:
+    result = make_bucket(job, part) if judged is None or queries is None else make_judged(job, part, judged, queries)
+    write_text(Path(job.staging) / "done" / f"{part}.json", json.dumps(
         {"files": [entry.model_dump() for entry in result.files], "counts": result.counts, "copied": result.copied}))
 
 
-def _described(staging: Path, bucket: str) -> BucketPairs:
-    values = json.loads((staging / "done" / f"{bucket}.json").read_bytes())
+def _described(staging: Path, part: str) -> BucketPairs:
+    values = json.loads((staging / "done" / f"{part}.json").read_bytes())
     return BucketPairs([FileEntry.model_validate(one) for one in values["files"]], Counter(values["counts"]),
                        values["copied"])
 
 
-def _finished(staging: Path, bucket: str) -> bool:
-    """Whether the files of a bucket are whole and as they were written."""
+def _finished(staging: Path, part: str) -> bool:
+    """Whether the files of a part are whole and as they were written."""
     try:
-        for entry in _described(staging, bucket).files:
+        for entry in _described(staging, part).files:
             check_file(staging / entry.path, entry)
     except (OSError, ValueError, KeyError):
         return False
     return True
 
 
-def _publish(config: MakePairsConfig, prepared: Artifact, staging: Staging, results: Sequence[BucketPairs]) -> Artifact:
+def _publish(config: MakePairsConfig, prepared: Artifact, staging: Staging, results: Sequence[BucketPairs],
+             judged: Sequence[JudgedQuery]) -> Artifact:
     total = BucketPairs()
     for one in results:
         total.add(one)
@@ -133,5 +143,9 @@ def _publish(config: MakePairsConfig, prepared: Artifact, staging: Staging, resu
         "copied_token_gap": gap}
     log.info("%d train and %d valid pairs; words copied from the positive: %s", rows["train"], rows["valid"],
              ", ".join(f"{split} {share:.1%}" for split, share in shares.items()) or "not measured")
-    return staging.commit([*total.files, staging.write_table("audit/audit.parquet", audit)], config=config,
-                          parents={"prepared": prepared.manifest}, facts=facts)
+    files = [*total.files, staging.write_table("audit/audit.parquet", audit)]
+    if judged:      # which queries the model may know: an evaluation must not report them
+        files.append(staging.write_table("judged_queries.parquet", pa.table({
+            "query_id": [one.query_id for one in judged], "query": [one.query for one in judged],
+            "split": [one.split for one in judged]})))
+    return staging.commit(files, config=config, parents={"prepared": prepared.manifest}, facts=facts)

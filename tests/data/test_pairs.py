@@ -130,13 +130,15 @@ def test_a_query_taken_from_a_field_has_a_positive_without_that_field() -> None:
     rows = {row["query_type"]: row for row in product_pairs(catalogue(table), RULE, options)}
     assert {kind: row["query"] for kind, row in rows.items()} == {
         "title": "Oak table", "feature": "seats six people", "description": "A table for large families.",
-        "title_words": "Oak table"}
+        "title_words": "oak table"}
     assert "Oak table" not in rows["title"]["text"]
     assert "solid wood" in rows["feature"]["text"]
     assert "seats six" not in rows["feature"]["text"]
     assert "families" not in rows["description"]["text"]
-    assert rows["title_words"]["text"] == catalogue(table).texts[0]
+    assert rows["title_words"]["text"] == rows["title"]["text"]
     assert {row["split"] for row in rows.values()} == {"train"}
+    kept = PairsConfig.model_validate({"product_queries": {"title_words": 1, "keep_title": True}})
+    assert [row["text"] for row in product_pairs(catalogue(table), RULE, kept)] == catalogue(table).texts
 
 
 def test_products_nobody_knew_before_the_cut_give_no_pair() -> None:
@@ -144,13 +146,13 @@ def test_products_nobody_knew_before_the_cut_give_no_pair() -> None:
     assert dict(zip(table["product_id"].to_pylist(), known_before(table, 10).tolist(), strict=True)) == {
         "old": True, "new": False, "announced": True}
     assert known_before(table, None).all()
-    options = PairsConfig.model_validate({"product_queries": {"title_words": 1}})
+    options = PairsConfig.model_validate({"product_queries": {"title_words": 1, "keep_title": True}})
     found = product_pairs(catalogue(table, 10), RULE, options)
     assert {row["product_id"] for row in found} == {"old", "announced"}
 
 
 def test_words_of_a_title_are_some_of_its_words_in_their_order() -> None:
-    title = "Velvet three seater couch with washable cover and storage"
+    title = "velvet three seater couch with washable cover and storage"
     found = {title_words(title, str(seed)) for seed in range(40)}
     places = {word: place for place, word in enumerate(title.split())}
     assert len(found) > 10
@@ -160,6 +162,7 @@ def test_words_of_a_title_are_some_of_its_words_in_their_order() -> None:
         assert 2 <= len(order) <= 4
         assert "with" not in query.split()
     assert title_words("Couch", "1") == ""
+    assert title_words("(Low) Carb,", "1") == "low carb"
 
 
 # --- negatives, tables ----------------------------------------------------------------------------
