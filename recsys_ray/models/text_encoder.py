@@ -66,8 +66,8 @@ class TextEncoder:
         self.layout = read_layout(find_model(config.model))
         self.identity: dict[str, Any] = _identity(config, self.layout)
         self.dimension: int = self.identity["dimension"]
-        self.device = _device(config)
-        self.dtype = _dtype(config, self.device)  # recorded with the vectors, not part of the identity
+        self.device = device_of(config)
+        self.dtype = dtype_of(config, self.device)  # recorded with the vectors, not part of the identity
         backend = _backend(config, self.layout)
         self._runner = PackedRunner(self) if backend == "packed" else _ThroughSentenceTransformers(self)
 
@@ -100,7 +100,7 @@ class TextEncoder:
 def prepare_texts(texts: Sequence[str], max_chars: int) -> tuple[list[str], npt.NDArray[np.int64]]:
     """(the different texts, each cut and made valid; the place of every text among them)."""
     places: dict[str, int] = {}
-    index = [places.setdefault(_prepare(text, max_chars), len(places)) for text in texts]
+    index = [places.setdefault(prepare_text(text, max_chars), len(places)) for text in texts]
     return list(places), np.array(index, dtype=np.int64)
 
 
@@ -154,7 +154,7 @@ def _max_tokens(config: TextEncoderConfig, layout: SentenceLayout) -> int:
     return chosen
 
 
-def _prepare(text: str, max_chars: int) -> str:
+def prepare_text(text: str, max_chars: int) -> str:
     """The text cut to `max_chars`; lone surrogates, which no tokenizer takes, become question marks."""
     return text[:max_chars].encode("utf-8", "replace").decode("utf-8")
 
@@ -170,7 +170,8 @@ def _backend(config: TextEncoderConfig, layout: SentenceLayout) -> str:
     return "sentence_transformers" if layout.not_packed else "packed"
 
 
-def _device(config: TextEncoderConfig) -> str:
+def device_of(config: TextEncoderConfig) -> str:
+    """cpu or cuda; raises `EncoderError` when a GPU is asked for and there is none."""
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -180,7 +181,8 @@ def _device(config: TextEncoderConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _dtype(config: TextEncoderConfig, device: str) -> str:
+def dtype_of(config: TextEncoderConfig, device: str) -> str:
+    """The type that products are computed in: as configured, or the fastest of the device."""
     import torch
 
     if config.dtype != "auto":
@@ -213,7 +215,7 @@ class PackedRunner:
         default = GPU_TOKEN_BUDGET if encoder.device == "cuda" else CPU_TOKEN_BUDGET
         self.token_budget = config.token_budget or default
         self.max_tokens: int = encoder.identity["max_tokens"]
-        self._tokenizer, self.special_ids = _tokenizer(layout, self.max_tokens)
+        self._tokenizer, self.special_ids = load_tokenizer(layout, self.max_tokens)
         weights, body = read_body(layout)
         self.forward = PackedBert(weights, body, layout.pooling, getattr(torch, encoder.dtype),
                                   torch.device(encoder.device))
@@ -268,7 +270,7 @@ class _ThroughSentenceTransformers:
         return vectors
 
 
-def _tokenizer(layout: SentenceLayout, max_tokens: int) -> tuple[Any, tuple[int, ...]]:
+def load_tokenizer(layout: SentenceLayout, max_tokens: int) -> tuple[Any, tuple[int, ...]]:
     """(the fast tokenizer, cut at `max_tokens`; the ids of its special tokens)."""
     from transformers import AutoTokenizer
 
