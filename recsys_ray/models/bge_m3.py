@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,18 @@ from torch import Tensor, nn
 
 from recsys_ray.models.bge_m3_heads import BgeM3Heads
 from recsys_ray.models.sentence_layout import EncoderError
-from recsys_ray.models.text_encoder import PackedRunner, TextEncoder, TextEncoderConfig, prepare_texts, unit_length
+from recsys_ray.models.text_encoder import (
+    PackedRunner,
+    TextEncoder,
+    TextEncoderConfig,
+    load_tokenizer,
+    prepare_texts,
+    unit_length,
+)
 from recsys_ray.models.token_signals import Encoding, MultiVectors, Signals, SparseRows, concat_signals
+
+if TYPE_CHECKING:
+    from recsys_ray.models.trainable_bert import TrainableConfig
 
 TokenIds = Sequence[npt.NDArray[np.int32]]
 
@@ -114,6 +124,10 @@ def _without_first(lengths: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *places]))
 
 
+def _exact(states: Tensor) -> Tensor:
+    return states if states.dtype == torch.float64 else states.float()
+
+
 # --- training -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TokenStates:
@@ -134,6 +148,27 @@ class BgeM3(nn.Module):
         super().__init__()
         self.body, self.heads, self.special_ids = body, heads, tuple(special_ids)
 
+    @classmethod
+    def load(cls, config: TrainableConfig, new_heads: int | None = None) -> Self:
+        """The model of `config` to be trained; with `new_heads` random heads, token vectors of that size.
+
+        Errors: `EncoderError` when a head is missing and none is to be made, when one is there although
+        new ones are to be made, and where the body is not pooled by its first token.
+        """
+        from recsys_ray.models.trainable_bert import TrainableBert
+
+        body = TrainableBert.load(config)
+        layout = body.layout
+        if layout.pooling != "cls":
+            raise EncoderError(f"{layout.root}: is pooled by {layout.pooling}; BGE-M3's dense vector is the first "
+                               "token's: start from a model with CLS pooling")
+        if new_heads is not None and BgeM3Heads.there(layout.root):
+            raise EncoderError(f"{layout.root}: has heads already; leave new_heads out to train them further")
+        heads = (BgeM3Heads.load(layout.root, layout.dimension) if new_heads is None
+                 else BgeM3Heads.new(layout.dimension, new_heads))
+        special_ids = load_tokenizer(layout, layout.max_tokens or 3)[1]
+        return cls(body, heads.to(body.device), special_ids)
+
     def forward(self, token_ids: TokenIds) -> TokenStates:
         """Vectors, token weights and token vectors of N tokenised texts, in their order."""
         hidden_TD, lengths = self.body.hidden_states(token_ids)
@@ -143,7 +178,7 @@ class BgeM3(nn.Module):
         firsts = torch.from_numpy(ends - np.asarray(lengths)).to(hidden_TD.device)
         others = _without_first(lengths).to(hidden_TD.device)
         return TokenStates(
-            F.normalize(hidden_TD[firsts].float(), dim=-1), self.heads.token_weights(hidden_TD) * ordinary, tokens,
+            F.normalize(_exact(hidden_TD[firsts]), dim=-1), self.heads.token_weights(hidden_TD) * ordinary, tokens,
             list(lengths), self.heads.token_vectors(hidden_TD[others]), [length - 1 for length in lengths])
 
     def save(self, root: Path) -> None:

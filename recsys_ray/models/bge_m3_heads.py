@@ -19,7 +19,7 @@ from recsys_ray.models.sentence_layout import MULTI_HEAD, SPARSE_HEAD, EncoderEr
 
 
 class BgeM3Heads(nn.Module):
-    """The heads that are there; both compute in float32 whatever the body's type."""
+    """The heads that are there; both compute in their own type, float32, whatever the body's."""
 
     def __init__(self, sparse: nn.Linear | None, multi: nn.Linear | None) -> None:
         super().__init__()
@@ -36,6 +36,11 @@ class BgeM3Heads(nn.Module):
         return cls(_read_linear(root / SPARSE_HEAD, dimension, 1) if sparse else None,
                    _read_linear(root / MULTI_HEAD, dimension, None) if multi else None)
 
+    @staticmethod
+    def there(root: Path) -> bool:
+        """Whether a model's directory has any head's file."""
+        return (root / SPARSE_HEAD).is_file() or (root / MULTI_HEAD).is_file()
+
     def save(self, root: Path) -> None:
         """Write each head's file into a model's directory."""
         for head, name in ((self.sparse_linear, SPARSE_HEAD), (self.colbert_linear, MULTI_HEAD)):
@@ -48,7 +53,7 @@ class BgeM3Heads(nn.Module):
         if self.sparse_linear is None:
             raise EncoderError("this model was loaded without its sparse head; load it with sparse=True")
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            weights: Tensor = self.sparse_linear(hidden_TD.float()).squeeze(-1)
+            weights: Tensor = self.sparse_linear(hidden_TD.to(self.sparse_linear.weight.dtype)).squeeze(-1)
         return F.relu(weights)
 
     def token_vectors(self, hidden_TD: Tensor) -> Tensor:
@@ -56,7 +61,7 @@ class BgeM3Heads(nn.Module):
         if self.colbert_linear is None:
             raise EncoderError("this model was loaded without its multi-vector head; load it with multi_vector=True")
         with torch.autocast(hidden_TD.device.type, enabled=False):
-            return F.normalize(self.colbert_linear(hidden_TD.float()), dim=-1)
+            return F.normalize(self.colbert_linear(hidden_TD.to(self.colbert_linear.weight.dtype)), dim=-1)
 
 
 def multi_dimension(root: Path, dimension: int) -> int:
@@ -65,8 +70,9 @@ def multi_dimension(root: Path, dimension: int) -> int:
 
 
 def _read_linear(path: Path, inputs: int, outputs: int | None) -> nn.Linear:
+    head_file(path)
     try:
-        state = torch.load(head_file(path), map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn or foreign file makes torch raise a dozen kinds
         raise EncoderError(f"{path}: cannot be read as a head's weights ({type(error).__name__}); "
                            "fetch the model again") from None

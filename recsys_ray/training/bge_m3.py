@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from recsys_ray.config import Config
-from recsys_ray.models.bge_m3 import TokenStates
+from recsys_ray.models.bge_m3 import BgeM3, TokenIds, TokenStates
 
 SIMILARITY_CELLS = 1 << 24      # largest block of (query token, document token) products held at once
 
@@ -130,6 +130,55 @@ def self_distillation(student: Tensor, teacher: Tensor, temperature: float, allo
     targets = torch.softmax(_logits(teacher.detach(), temperature, allowed), dim=-1)
     logs = torch.log_softmax(_logits(student, temperature, allowed), dim=-1)
     return -(targets * logs.masked_fill(targets == 0, 0)).sum(dim=-1).mean()  # 0 * -inf has no place in a sum
+
+
+# --- a step ---------------------------------------------------------------------------------------
+def bge_m3_backward(model: BgeM3, queries: TokenIds, documents: TokenIds, positive: Tensor, config: BgeM3LossConfig,
+                    allowed: Tensor | None = None, mini_batch: int | None = None) -> dict[str, float]:
+    """Loss and its parts of one step; gradients are added to the model's parameters.
+
+    With `mini_batch` texts at a time the states are computed without gradients, the loss is differentiated
+    with respect to them, and each mini-batch runs again to carry its part back (Gao et al., "Scaling Deep
+    Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983). Equal to the plain step
+    where the body's dropout is a function of the text, as `TrainableBert`'s is.
+    """
+    if mini_batch is None:
+        loss, parts = bge_m3_loss(scores(model(queries), model(documents)), positive, config, allowed)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {"loss": float(loss.detach()), **parts}
+    sides = []
+    for texts in (queries, documents):
+        chunks = [texts[start:start + mini_batch] for start in range(0, len(texts), mini_batch)]
+        with torch.no_grad():
+            sides.append((chunks, _leaves([model(chunk) for chunk in chunks])))
+    loss, parts = bge_m3_loss(scores(sides[0][1], sides[1][1]), positive, config, allowed)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for chunks, states in sides:
+        done = [0, 0, 0]
+        for chunk in chunks:
+            again = model(chunk)
+            pulled = []
+            for number, (leaf, part) in enumerate(zip(_tensors(states), _tensors(again), strict=True)):
+                pulled.append((part * _gradient(leaf)[done[number]:done[number] + len(part)]).sum())
+                done[number] += len(part)
+            torch.stack(pulled).sum().backward()  # type: ignore[no-untyped-call]
+    return {"loss": float(loss.detach()), **parts}
+
+
+def _tensors(states: TokenStates) -> tuple[Tensor, Tensor, Tensor]:
+    return states.dense, states.weights, states.multi
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    return leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+
+
+def _leaves(parts: Sequence[TokenStates]) -> TokenStates:
+    """The states of all texts, to differentiate with respect to."""
+    joined = [torch.cat(tensors).requires_grad_() for tensors in zip(*map(_tensors, parts), strict=True)]
+    lengths = [length for part in parts for length in part.lengths]
+    return TokenStates(joined[0], joined[1], np.concatenate([part.token_ids for part in parts]), lengths, joined[2],
+                       [length - 1 for length in lengths])
 
 
 def _logits(score: Tensor, temperature: float, allowed: Tensor | None) -> Tensor:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from recsys_ray.models.bge_m3 import BgeM3Encoder, sparse_rows
+from recsys_ray.models.bge_m3 import BgeM3, BgeM3Encoder, sparse_rows
 from recsys_ray.models.bge_m3_heads import BgeM3Heads
 from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.sentence_layout import EncoderError
 from recsys_ray.models.text_encoder import TextEncoderConfig, encoder_identity
+from recsys_ray.models.trainable_bert import TrainableConfig
 
 TEXTS = ["soft red velvet sofa", "red red red", "", "a", "oak table for the small room of a flat", "red red red",
          "zz top", "x" * 400, "  ", "ünknown \U0001f600 signs"]
@@ -171,3 +172,49 @@ def test_heads_come_back_as_they_were_saved(model: Path, tmp_path: Path) -> None
     with pytest.raises(EncoderError, match="sparse=True"):
         BgeM3Heads.load(tmp_path, 32, sparse=False).token_weights(hidden)
     assert BgeM3Heads.load(tmp_path, 32, multi=False).token_weights(hidden.bfloat16()).dtype == torch.float32
+
+
+def test_a_trained_model_is_saved_where_the_encoder_loads_it(model: Path, tmp_path: Path) -> None:
+    config = TrainableConfig(model=str(model), device="cpu", dtype="float32")
+    trained = BgeM3.load(config).eval()
+    token_ids = [np.array([0, 7, 5, 7, 2], np.int32), np.array([0, 2], np.int32), np.arange(0, 30, dtype=np.int32)]
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+        expected = trained(token_ids)
+    trained.save(tmp_path / "saved")
+    again = BgeM3.load(TrainableConfig(model=str(tmp_path / "saved"), device="cpu", dtype="float32")).eval()
+    with torch.no_grad():
+        found = again(token_ids)
+    for name in ("dense", "weights", "multi"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-6)
+    encoder = build_text_encoder(config_of(tmp_path / "saved"))
+    assert isinstance(encoder, BgeM3Encoder)
+    encoding = encoder.encode(TEXTS)
+    ids = [np.array(one, np.int32) for one in _tokenised(tmp_path / "saved", TEXTS)]
+    with torch.no_grad():
+        states = again(ids)
+    np.testing.assert_allclose(encoding.dense, states.dense.numpy(), atol=1e-5)
+    np.testing.assert_allclose(encoding.signals.multi.vectors, states.multi.numpy(), atol=1e-5)  # type: ignore[union-attr]
+    rows = sparse_rows(ids, states.weights.numpy(), again.special_ids)
+    np.testing.assert_array_equal(encoding.signals.sparse.token_ids, rows.token_ids)  # type: ignore[union-attr]
+    np.testing.assert_allclose(encoding.signals.sparse.weights, rows.weights, atol=1e-5)  # type: ignore[union-attr]
+
+
+def _tokenised(root: Path, texts: list[str]) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    found: list[list[int]] = AutoTokenizer.from_pretrained(root)(texts, truncation=True, max_length=64)["input_ids"]
+    return found
+
+
+def test_a_first_training_makes_the_heads(tiny_text_model: Callable[..., Path], model: Path) -> None:
+    bare = tiny_text_model(body="xlm-roberta", pooling="cls")
+    config = TrainableConfig(model=str(bare), device="cpu", dtype="float32")
+    with pytest.raises(EncoderError, match="no such head"):
+        BgeM3.load(config)
+    assert BgeM3.load(config, new_heads=16)([np.array([0, 5, 2], np.int32)]).multi.shape == (2, 16)
+    with pytest.raises(EncoderError, match="has heads already"):
+        BgeM3.load(TrainableConfig(model=str(model), device="cpu"), new_heads=16)
+    with pytest.raises(EncoderError, match="pooled by mean"):
+        BgeM3.load(TrainableConfig(model=str(tiny_text_model(body="xlm-roberta")), device="cpu"), new_heads=16)

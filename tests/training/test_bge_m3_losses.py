@@ -12,7 +12,14 @@ import torch.nn.functional as F  # noqa: N812
 from recsys_ray.models.bge_m3 import BgeM3, TokenStates
 from recsys_ray.models.bge_m3_heads import BgeM3Heads
 from recsys_ray.training import bge_m3
-from recsys_ray.training.bge_m3 import BgeM3LossConfig, Scores, bge_m3_loss, scores, self_distillation
+from recsys_ray.training.bge_m3 import (
+    BgeM3LossConfig,
+    Scores,
+    bge_m3_backward,
+    bge_m3_loss,
+    scores,
+    self_distillation,
+)
 
 SPECIAL = (0, 1, 2)
 
@@ -159,3 +166,24 @@ def test_a_model_learns_all_three_scores() -> None:
         losses.append(float(loss.detach()))
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("mini_batch", [1, 3, 100])
+def test_a_cached_step_equals_the_plain_one(mini_batch: int) -> None:
+    torch.manual_seed(1)
+    rng = np.random.default_rng(6)
+    model = BgeM3(Lookup(), BgeM3Heads.new(8, 4), SPECIAL).double()
+    queries = [np.array([0, *rng.integers(3, 12, size), 2], np.int32) for size in (1, 3, 2, 5, 0)]
+    documents = [np.array([0, *rng.integers(3, 12, size), 2], np.int32) for size in (4, 0, 6, 6, 1, 2, 9)]
+    positive, allowed = torch.tensor([1, 0, 4, 2, 6]), torch.rand(5, 7) < 0.8
+    allowed[torch.arange(5), positive] = True
+    found = []
+    for size in (None, mini_batch):
+        model.zero_grad()
+        parts = bge_m3_backward(model, queries, documents, positive, BgeM3LossConfig(), allowed, size)
+        found.append((parts, [one.grad.clone() for one in model.parameters() if one.grad is not None]))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-12)
+    assert len(found[0][1]) == len(list(model.parameters()))
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert one.abs().max() > 0
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
