@@ -27,6 +27,7 @@ SCAN_CELLS = 1 << 25        # floats of allowed vectors copied at once (128 MB)
 LEVEL = 1e-5                # scores closer than this, relative to the lengths, may only differ by rounding
 BALL_SPARE = 1.5            # rows fetched under a filter, times what an even spread of the allowed ones would need
 BALL_GROWTH = 4             # when a ball holds too few allowed rows
+FILTER_PROBES = 0.35        # of the lists: under a filter as many allowed rows are looked at as without, up to this
 BALL_SHARE = 0.05           # of all rows: a larger ball costs more than a scan
 TRAIN_ROWS_PER_LIST = 39    # what FAISS asks for
 PQ_CENTROIDS = 256
@@ -45,7 +46,8 @@ class VectorIndexConfig(Config):
     hnsw_build_depth: int = Field(default=200, ge=8)
     hnsw_search_depth: int = Field(default=100, ge=8)
     ivf_lists: int | None = Field(default=None, ge=1)       # None: 4 * sqrt(rows)
-    ivf_probe_share: float = Field(default=0.06, gt=0, le=1)    # of the lists, looked into for each query
+    # of the lists, looked into for each query: 0.12 finds 97 % of the ten nearest of 100,000 product texts
+    ivf_probe_share: float = Field(default=0.12, gt=0, le=1)
     pq_dimensions: int = Field(default=4, ge=1)             # dimensions a byte stands for
     rescore: int = Field(default=10, ge=1)                  # quantised kinds: candidates per answer scored exactly
     exact_below: float = Field(default=0.1, ge=0, le=1)    # share of allowed rows under which the scan is exact
@@ -191,7 +193,7 @@ class VectorIndex:
         positions = np.full((len(queries), wanted), -1, dtype=np.int64)
         open_ones = np.arange(len(queries))
         while len(open_ones) and ball <= BALL_SHARE * self.size:
-            found = self._ask(queries[open_ones], ball, None)
+            found = self._ask(queries[open_ones], ball, None, count / self.size)
             good = found >= 0 if allowed is None else (found >= 0) & allowed[found]
             order = np.argsort(~good, axis=1, kind="stable")[:, :wanted]
             best = np.where(np.take_along_axis(good, order, axis=1), np.take_along_axis(found, order, axis=1), -1)
@@ -203,20 +205,22 @@ class VectorIndex:
             positions[open_ones, :fetch] = self._scan(queries[open_ones], fetch, allowed)
         return positions
 
-    def _ask(self, queries: Vectors, fetch: int, allowed: Mask | None) -> Positions:
+    def _ask(self, queries: Vectors, fetch: int, allowed: Mask | None, share: float = 1.0) -> Positions:
         faiss = _faiss()
         assert self._index is not None
         selector = None if allowed is None else faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
-        _, positions = self._index.search(queries, fetch, params=self._parameters(selector, fetch))
+        _, positions = self._index.search(queries, fetch, params=self._parameters(selector, fetch, share))
         return np.asarray(positions, dtype=np.int64)
 
-    def _parameters(self, selector: Any | None, fetch: int) -> Any:
+    def _parameters(self, selector: Any | None, fetch: int, allowed_share: float) -> Any:
         faiss = _faiss()
         if self.config.kind == "hnsw":
             return faiss.SearchParametersHNSW(efSearch=max(self.config.hnsw_search_depth, round(1.2 * fetch)))
         if self.config.kind in ("ivf", "ivf_pq"):
             lists = int(self._index.nlist)  # type: ignore[union-attr]
-            share = max(self.config.ivf_probe_share, 8 * fetch / self.size)  # rows looked at, of all
+            probes = self.config.ivf_probe_share
+            probes = max(probes, min(FILTER_PROBES, probes / allowed_share))
+            share = max(probes, 8 * fetch / self.size)  # rows looked at, of all
             kind = faiss.IVFPQSearchParameters if self.config.kind == "ivf_pq" else faiss.SearchParametersIVF
             return kind(nprobe=min(lists, max(1, round(lists * share))))
         return faiss.SearchParameters(**({} if selector is None else {"sel": selector}))
