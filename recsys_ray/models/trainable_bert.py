@@ -38,6 +38,8 @@ from recsys_ray.models.text_encoder import TextEncoderConfig, device_of, dtype_o
 TokenIds = Sequence[npt.NDArray[np.int32]]
 CPU_TOKENS_AT_ONCE = 2048       # that go through all layers together: what they leave in the cache is used again
 GPU_TOKENS_AT_ONCE = 1 << 20
+DESCRIPTIONS = ("modules.", "config", "sentence_", "tokenizer", "vocab", "merges", "special_tokens", "added_tokens",
+                "sentencepiece", "unigram")
 SITES = 3                       # of dropout in a layer: attention weights, attention output, feed-forward output
 
 
@@ -66,6 +68,7 @@ class TrainableConfig(TrainableOptions):
     model: str = "minilm"                   # "minilm", a local path or a hub name
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the products; weights are float32
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    similarity: Literal["auto", "cosine", "dot"] = "auto"   # auto: what the model declares
 
 
 class TrainableBert(nn.Module):
@@ -81,7 +84,8 @@ class TrainableBert(nn.Module):
         if layout.not_packed:
             raise EncoderError(f"{layout.root}: cannot be trained here: {layout.not_packed}")
         self.body, self.layout, self.config = body, layout, config
-        self.unit_length = layout.normalise or layout.similarity == "cosine"
+        self.similarity = layout.similarity if config.similarity == "auto" else config.similarity
+        self.unit_length = layout.normalise or self.similarity == "cosine"
         self.dropout_seed = 0       # set anew for every step: the masks are a function of it and the text
         settings = self.body.config
         self.heads = int(settings.num_attention_heads)
@@ -89,6 +93,7 @@ class TrainableBert(nn.Module):
         self._rates = (float(settings.hidden_dropout_prob), float(settings.attention_probs_dropout_prob))
         if config.dropout is not None:
             self._rates = (config.dropout, config.dropout)
+        self.dtype = dtype          # of the products
         self._working = WorkingWeights(None if dtype == "float32" else getattr(torch, dtype))
 
     @classmethod
@@ -205,8 +210,8 @@ class TrainableBert(nn.Module):
 
 
 def _is_description(path: Path) -> bool:
-    """Whether a file describes the model or its tokenizer; weights and the card of the source do not."""
-    return path.suffix in {".json", ".txt", ".model"} and not path.name.endswith(".index.json")
+    """Whether a file describes the model or its tokenizer; weights and what tells of the source's training do not."""
+    return path.suffix in {".json", ".txt", ".model"} and path.name.startswith(DESCRIPTIONS)
 
 
 def _load_body(layout: SentenceLayout) -> Any:

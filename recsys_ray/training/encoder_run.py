@@ -1,0 +1,109 @@
+"""One worker's run of a fine-tuning, and what becomes of it: an encoder folder, its card and its facts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recsys_ray.artifacts import Artifact, Manifest, Staging, write_text
+from recsys_ray.models.text_encoder import device_of, encoder_identity
+from recsys_ray.training.bge import BgeTask, FinetuneBgeConfig, build_task
+from recsys_ray.training.distributed import rank, world_size
+from recsys_ray.training.loop import Loop, Progress, Report, RunFiles, best_weights
+from recsys_ray.training.model_card import model_card
+from recsys_ray.training.pair_shards import open_pair_shards
+from recsys_ray.training.trackers import read_curve
+
+log = logging.getLogger(__name__)
+
+FOLDER = "encoder"      # of the artefact: what sentence-transformers loads
+CURVE = "metrics.jsonl"
+RESULT = "result.json"
+
+
+def train_worker(config: FinetuneBgeConfig, staging: str, shards_version: str, key: str,
+                 report: Report | None = None) -> None:
+    """Train, or go on with a run that was stopped; the first worker writes the encoder's folder into `staging`."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if config.workers.threads is not None or world_size() > 1:
+        torch.set_num_threads(config.workers.threads or max(1, (os.cpu_count() or 1) // world_size()))
+    directory = Path(staging)
+    train, valid = (open_pair_shards(config.shards_root, split, shards_version) for split in ("train", "valid"))
+    task = build_task(config, train, valid, "cuda" if config.workers.gpus else device_of(config.encoder))  # type: ignore[arg-type]
+    files = RunFiles(directory / "run")
+    loop = Loop(task.task(), config, files, key, _parameters(config), report)
+    progress = loop.run()
+    if rank() == 0:
+        _write_encoder(config, task, files, directory, progress)
+
+
+def _write_encoder(config: FinetuneBgeConfig, task: BgeTask, files: RunFiles, directory: Path,
+                   progress: Progress) -> None:
+    best = best_weights(files)
+    if best is not None:
+        task.model.load_state_dict(best)
+    values = asdict(progress) | {"train_pairs": len(task.train), "valid_pairs": len(task.valid)}
+    curve = read_curve(files.curve)
+    prompts = {"query": config.encoder.query_prompt, "document": config.encoder.document_prompt}
+    own = {"query": task.model.layout.query_prompt, "document": task.model.layout.document_prompt}
+    said = {name: own[name] if text is None else text for name, text in prompts.items()}
+    partial = directory / f".{FOLDER}-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    task.model.save(partial, model_card(config, values, curve), said if said != own else None)
+    shutil.rmtree(directory / FOLDER, ignore_errors=True)
+    os.replace(partial, directory / FOLDER)
+    shutil.copyfile(files.curve, directory / CURVE)
+    write_text(directory / RESULT, json.dumps(values))
+
+
+def publish(config: FinetuneBgeConfig, staging: Staging, parents: Mapping[str, Manifest]) -> Artifact:
+    """Commit what the first worker wrote as a version of the `encoder` artefact."""
+    values: dict[str, Any] = json.loads((staging.path / RESULT).read_bytes())
+    folder = staging.path / FOLDER
+    names = sorted(path.relative_to(staging.path).as_posix() for path in folder.rglob("*") if path.is_file())
+    steps, shares = values["step"], values["sums"]
+    facts = {
+        "encoder": encoder_identity(config.encoder.replace(model=str(folder))),
+        "base": encoder_identity(config.encoder), "base_model": config.encoder.model, "steps": steps,
+        "best_step": values["best_step"] if values["best_value"] is not None else steps,
+        "best_value": values["best_value"], "base_value": values["base_value"],
+        "objective": config.validation.objective, "stopped_early": values["stopped"],
+        "learning_rate": config.optim.learning_rate, "seed": config.seed,
+        "false_negative_share": shares.get("false_negative_share", 0.0) / max(1, steps),
+        "masked_share": shares.get("masked_share", 0.0) / max(1, steps),
+        "mask_same_product": config.contrastive.mask_same_product, "cpu_seconds": values["cpu_seconds"],
+        "pairs": {"train": values["train_pairs"], "valid": values["valid_pairs"]},
+        "copied_token_gap": parents["pairs"].facts.get("copied_token_gap"),
+    }
+    log.info("%d steps, best %s %s at step %d, %s at the start", steps, config.validation.objective,
+             _figure(facts["best_value"]), facts["best_step"], _figure(facts["base_value"]))
+    files = [staging.entry(name) for name in names] + [staging.entry(CURVE)]
+    return staging.commit(files, config=config, parents=parents, facts=facts)
+
+
+def _figure(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.4f}"
+
+
+def _parameters(config: FinetuneBgeConfig) -> dict[str, Any]:
+    """The run's settings by dotted key, for trackers that list runs."""
+    found: dict[str, Any] = {}
+
+    def add(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                add(f"{prefix}.{name}" if prefix else str(name), inner)
+        else:
+            found[prefix] = value
+
+    add("", config.model_dump(mode="json", exclude={"ray", "trackers"}))
+    return found

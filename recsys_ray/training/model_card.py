@@ -1,0 +1,94 @@
+"""The README.md of a fine-tuned encoder, written from its run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from recsys_ray.artifacts import git_sha
+from recsys_ray.training.bge import FinetuneBgeConfig
+
+MOST_ROWS = 12
+
+CARD = """---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, feature-extraction, product-search]
+base_model: {base}
+---
+
+# A retriever of products, fine-tuned from {base}
+
+Turns a shopper's words and the texts of products into vectors, compared by {similarity}.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("path/to/this/folder")
+queries = model.encode_query(["gentle cleanser for dry skin"])
+products = model.encode_document(["Cream cleanser ..."])
+print(model.similarity(queries, products))
+```
+
+## Training
+
+{train_pairs} pairs of query and product, {steps} steps of {batch} pairs{early}; code version {sha}.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+The loss was {first_loss} over the first tenth of the steps and {last_loss} over the last.
+{false_negatives} of the (query, other product) pairs in a batch were of one product group or one text{masked}.
+
+## Validation
+
+{validation}
+"""
+
+
+def model_card(config: FinetuneBgeConfig, values: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> str:
+    """The card of a run: `values` are its progress and counts, `curve` its lines."""
+    steps = max(1, values["step"])
+    losses = [line["loss"] for line in curve if line.get("loss") is not None]
+    tenth = max(1, len(losses) // 10)
+    share = values["sums"].get("false_negative_share", 0.0) / steps
+    return CARD.format(
+        base=config.encoder.model, similarity=config.contrastive.similarity, train_pairs=f"{values['train_pairs']:,}",
+        steps=f"{values['step']:,}", batch=config.sampler.batch_size * config.accumulate,
+        early=", stopped early" if values["stopped"] else "", sha=git_sha(), settings=_settings(config),
+        first_loss=_mean(losses[:tenth]), last_loss=_mean(losses[-tenth:]), false_negatives=f"{share:.2%}",
+        masked="; they were left out of the loss" if config.contrastive.mask_same_product else "",
+        validation=_validation(config, values, curve))
+
+
+def _settings(config: FinetuneBgeConfig) -> str:
+    loss, optim = config.contrastive, config.optim
+    rows = {
+        "loss": "InfoNCE over the batch" if loss.in_batch else "InfoNCE over the query's own negatives",
+        "temperature": loss.temperature,
+        "hard negatives of a pair": "all" if config.negatives is None else config.negatives,
+        "learning rate": f"{optim.learning_rate:g}, {optim.schedule}, {optim.warmup:.0%} warm-up",
+        "weight decay": optim.weight_decay, "longest query, product": f"{config.query_tokens}, "
+        f"{config.document_tokens} tokens", "seed": config.seed,
+        "adapters": "none" if config.body.lora is None else f"LoRA of rank {config.body.lora.rank}, merged"}
+    if loss.matryoshka:
+        rows["Matryoshka dimensions"] = ", ".join(map(str, loss.matryoshka))
+    return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+
+
+def _validation(config: FinetuneBgeConfig, values: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> str:
+    rows = [line for line in curve if config.validation.objective in line]
+    if not rows:
+        return "There were no validation pairs; these are the last weights."
+    names = [name for name in rows[0] if name != "step"]
+    shown = rows if len(rows) <= MOST_ROWS else [rows[0], *rows[-(MOST_ROWS - 1):]]
+    table = [f"| step | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
+    table += [f"| {line['step']} | {' | '.join(f'{line[name]:.4f}' for name in names)} |" for line in shown]
+    return (f"Queries of the validation split against a small catalogue; these are the weights of step "
+            f"{values['best_step']}, the best by {config.validation.objective}. Step 0 is the base model.\n\n"
+            + "\n".join(table))
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.4f}" if values else "nothing"
