@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from recsys_ray.training.contrastive import ContrastiveConfig, GuideScores, PairBatch, contrastive_backward
+from recsys_ray.training.distributed import exchange_counts, gather_rows, sum_over_workers
+from recsys_ray.training.distributed import rank as distributed_rank
 
 WORDS, WIDTH = 50, 8
 DIVISIONS = {1: [12], 2: [5, 7], 4: [2, 5, 1, 4]}    # queries of each worker
+GATHERED = (3, 1, 0)        # rows of each worker in the test of gathering
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "unmasked": {"mask_same_product": False, "mask_same_text": False},
@@ -203,27 +207,65 @@ def step(model: nn.Module, batch: PairBatch, config: ContrastiveConfig, **given:
         teacher=teacher_of(batch) if config.distillation is not None else None, **given)
 
 
-def work(rank: int, world: int, meeting: str, output: str) -> None:
-    """One spawned worker: every case under DistributedDataParallel; writes its losses and gradients."""
+def start_workers(work: Callable[[int, int], dict[str, Any]], world: int, folder: Path) -> list[dict[str, Any]]:
+    """What `work(rank, world)` returns in each of `world` spawned processes that form a gloo group."""
+    import torch.multiprocessing as mp
+
+    context = mp.start_processes(_worker, (world, work, str(folder)), nprocs=world, join=False, start_method="spawn")
+    assert context is not None
+    try:
+        deadline = time.monotonic() + 150
+        while not context.join(timeout=5):
+            assert time.monotonic() < deadline, "the workers hang"
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def _worker(rank: int, world: int, work: Callable[[int, int], dict[str, Any]], folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world,
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world,
                             timeout=timedelta(seconds=60))
+    torch.save(work(rank, world), Path(folder) / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def all_cases(rank: int, world: int) -> dict[str, Any]:
+    """Losses and gradients of every case under DistributedDataParallel."""
     found: dict[str, Any] = {}
     for hard in (False, True):
         for rate in (0.0, 0.4):
             for name in CASES:
-                config = config_of(name)
                 model = DistributedDataParallel(TinyEncoder(rate))
                 batch = share_of(whole_batch(hard), DIVISIONS[world], rank)
-                values = step(model, batch, config, sync=model.no_sync)
+                values = step(model, batch, config_of(name), sync=model.no_sync)
                 found[f"{name} hard={hard} rate={rate}"] = {
                     "loss": values.loss, "accuracy": values.accuracy, "masked_share": values.masked_share,
                     "queries": values.queries, "gradients": [one.grad for one in model.parameters()]}
     found["own pool"] = _own_pool(rank, world)
     found["empty"] = _empty(rank, world)
-    torch.save(found, Path(output) / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
+
+
+def gather(rank: int, world: int) -> dict[str, Any]:
+    """Gathered rows, ids and sums of a worker, and the gradient of its rows."""
+    count = GATHERED[rank]
+    rows = (torch.arange(count).double() + 10 * rank)[:, None].repeat(1, 2).requires_grad_()
+    counts, sevens = exchange_counts([count, 7], rows.device)
+    gathered = gather_rows(rows, counts)
+    ids = gather_rows(rows.detach()[:, 0].long(), counts)
+    places = torch.arange(1, len(gathered) + 1)[:, None]
+    ((rank + 1) * (places * gathered**2).sum() / 2).backward()
+    error = ""
+    try:
+        gather_rows(torch.zeros(count + 1, 2), counts)
+    except ValueError as refusal:
+        error = str(refusal)
+    return {"rows": gathered.detach(), "ids": ids, "gradient": rows.grad, "error": error, "rank": distributed_rank(),
+            "counts": [list(counts.counts), list(sevens.counts)],
+            "sum": sum_over_workers(torch.tensor([float(rank), 1.0]))}
 
 
 def _own_pool(rank: int, world: int) -> dict[str, Any]:

@@ -13,13 +13,14 @@ from contrastive_cases import (
     CASES,
     DIVISIONS,
     TinyEncoder,
+    all_cases,
     config_of,
     loop_loss,
     reference,
     share_of,
+    start_workers,
     step,
     whole_batch,
-    work,
 )
 from torch import Tensor, nn
 
@@ -61,6 +62,14 @@ def test_blocks_of_queries_change_nothing(name: str, monkeypatch: pytest.MonkeyP
     model = TinyEncoder()
     assert step(model, batch, config).loss == pytest.approx(loss, abs=EXACT)
     assert largest([one.grad for one in model.parameters()], gradients) < EXACT
+
+
+def test_every_case_is_another_loss() -> None:
+    batch = whole_batch(True)
+    losses = {name: round(reference(batch, config_of(name), 0.0)[0], 9) for name in CASES}
+    same = {name for name in CASES if name.startswith("cached")} | {"plain"}
+    assert len({losses[name] for name in same}) == 1
+    assert len(set(losses.values())) == len(CASES) - len(same) + 1
 
 
 def test_values_of_a_step_by_hand() -> None:
@@ -231,19 +240,7 @@ def test_what_the_configuration_asks_for_has_to_be_given() -> None:
 @pytest.fixture(scope="module", params=[2, 4], ids=lambda world: f"{world} workers")
 def workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each worker of a gloo group found, every case under DistributedDataParallel."""
-    import torch.multiprocessing as mp
-
-    world, folder = request.param, tmp_path_factory.mktemp("gloo")
-    context = mp.start_processes(work, (world, str(folder / "meeting"), str(folder)), nprocs=world, join=False,
-                                 start_method="spawn")
-    assert context is not None
-    try:
-        while not context.join(timeout=150):
-            pass
-    finally:
-        for process in context.processes:
-            process.kill()
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    return start_workers(all_cases, request.param, tmp_path_factory.mktemp("gloo"))
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.4])
