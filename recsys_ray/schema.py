@@ -42,6 +42,7 @@ PRODUCT = _schema(
     ("price_cents", pa.int64()), ("released_ms", pa.int64()), ("image_urls", TEXTS), ("variant_ids", TEXTS),
     ("group_id", pa.int64()),           # smallest row id of its near-duplicate group
     ("cold", pa.bool_()),               # no review before the train cut
+    ("summary", pa.string()),           # of a long description, where a language model wrote one
     required=("row_id", "product_id", "group_id"),
 )
 REVIEW = _schema(
@@ -50,6 +51,7 @@ REVIEW = _schema(
     ("timestamp_ms", pa.int64()), ("verified", pa.bool_()), ("helpful_votes", pa.int32()),
     ("split", pa.string()),             # train | valid | test
     ("cold", pa.bool_()),               # its product has no review in train
+    ("keywords", TEXTS),                # stored ones; null: the offline extractor's serve
     required=("review_id", "row_id", "product_id", "timestamp_ms", "split"),
 )
 PRODUCT_TEXT = _schema(
@@ -63,6 +65,17 @@ PRODUCT_STATS = _schema(                # as of `as_of_ms`, from earlier reviews
     ("rating_mean", pa.float32()), ("rating_std", pa.float32()), ("mean_review_chars", pa.float32()),
     ("last_review_ms", pa.int64()),
     required=("row_id", "as_of_ms", "num_reviews"),
+)
+REVIEW_KEYWORDS = _schema(
+    ("review_id", pa.string()), ("row_id", pa.int64()), ("product_id", pa.string()), ("split", pa.string()),
+    ("keywords", TEXTS),                # who, when and why in this order, each phrase once
+    ("who", TEXTS), ("when", TEXTS), ("why", TEXTS),
+    ("content_key", pa.string()),       # of text, prompt and model: an answer is asked for once
+    required=("review_id", "row_id", "product_id", "split", "keywords", "content_key"),
+)
+PRODUCT_SUMMARY = _schema(
+    ("row_id", pa.int64()), ("product_id", pa.string()), ("summary", pa.string()), ("content_key", pa.string()),
+    required=("row_id", "product_id", "summary", "content_key"),
 )
 TRAINING_PAIR = _schema(                # products of one group are never each other's negatives
     ("pair_id", pa.string()), ("query", pa.string()),

@@ -27,6 +27,7 @@ NOTES = {
     "near-duplicates across splits": "cold products with a near-duplicate that has train reviews",
     "prices not used": "absurd, or not understood; see the limits of cleaning",
     "dates not used": "not understood",
+    "reviews without stored keywords": "they feed no keywords: not extracted, or set aside there",
     "later reviews that fed item text": "the job fails when there is one",
     "bands with too many products to compare": "compared with the first of the band alone",
 }

@@ -18,20 +18,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from recsys_ray.artifacts import FileEntry, Manifest, file_entry, write_table
+from recsys_ray.artifacts import FileEntry, Manifest, file_entry, open_artifact, write_table
 from recsys_ray.data.audit import Counts, category_counts, field_counts, review_counts
 from recsys_ray.data.buckets import Part, ReviewStatistics, first_per_group, gather, gather_all
 from recsys_ray.data.dedup import one_row_per_id
+from recsys_ray.data.keyword_store import StoredKeywords
 from recsys_ray.data.keywords import review_keywords
 from recsys_ray.data.preprocess import CLEAN_PRODUCT, quarantine
 from recsys_ray.data.product_text import ProductTextConfig, product_texts
 from recsys_ray.data.splits import SPLITS, check_no_leak, split_names
 from recsys_ray.ids import row_ids
-from recsys_ray.schema import PRODUCT, PRODUCT_STATS, PRODUCT_TEXT, REVIEW, conform
+from recsys_ray.schema import PRODUCT, PRODUCT_STATS, PRODUCT_TEXT, REVIEW, TEXTS, conform
 
 Ints = npt.NDArray[np.int64]
 CHOSEN = pa.schema([pa.field("row_id", pa.int64()), pa.field("order", pa.int64()), pa.field("review_id", pa.string()),
-                    pa.field("text", pa.string())])
+                    pa.field("text", pa.string()), pa.field("keywords", TEXTS)])
 SAID = ("product_id", "variant_id", "user_id", "timestamp_ms", "title", "text")     # equal in an exact repetition
 
 
@@ -59,6 +60,7 @@ class BucketJob:
     cuts: tuple[int, int] | None
     groups: Mapping[int, int]       # row id -> near-duplicate group, of products that have one
     limits: TextLimits
+    keywords: tuple[str, str] | None = None     # root and version of stored keywords; None: the offline extractor
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def _finished_products(products: pa.Table, job: BucketJob, reviews: _Reviews) ->
     cold = pa.array(reviews.cold) if job.cuts is not None else pa.nulls(len(rows), pa.bool_())
     added = {"variant_ids": pa.array([sorted(reviews.variants.get(row, ())) for row in rows], pa.list_(pa.string())),
              "group_id": pa.array([job.groups.get(row, row) for row in rows], pa.int64()), "cold": cold}
+    if reviews.stored is not None:
+        added["summary"] = pa.array(reviews.stored.summaries(rows), pa.string())
     for column, values in added.items():
         products = products.append_column(column, values)
     return conform(products, PRODUCT, "products")
@@ -120,6 +124,10 @@ class _Reviews:
         self.stats = ReviewStatistics(rows)
         self.variants: dict[int, set[str]] = {}
         self.later: set[str] = set()            # ids of valid and test reviews
+        self.stored: StoredKeywords | None = None
+        if job.keywords is not None:
+            self.stored = StoredKeywords(open_artifact(job.keywords[0], "keywords", job.keywords[1]),
+                                         f"bucket-{bucket:05d}")
         self.cold = np.ones(len(rows), dtype=np.bool_)
         self._chosen = CHOSEN.empty_table()
         if job.cuts is not None:
@@ -168,9 +176,9 @@ class _Reviews:
     def keywords(self) -> dict[int, list[tuple[str, list[str]]]]:
         """(review id, keywords) of the train reviews that feed each product's text, by row id."""
         found: dict[int, list[tuple[str, list[str]]]] = {}
-        columns = (self._chosen[name].to_pylist() for name in ("row_id", "review_id", "text"))
-        for row, review, text in zip(*columns, strict=True):
-            found.setdefault(row, []).append((review, review_keywords(text)))
+        columns = (self._chosen[name].to_pylist() for name in ("row_id", "review_id", "text", "keywords"))
+        for row, review, text, stored in zip(*columns, strict=True):
+            found.setdefault(row, []).append((review, review_keywords(text) if stored is None else stored))
         return found
 
 
@@ -221,6 +229,10 @@ def _finished_reviews(reviews: _Reviews, block: pa.Table, seen: dict[str, int],
     counts["rows", "reviews kept"] += kept.num_rows
     kept = kept.append_column("split", split_names(kept["timestamp_ms"].to_numpy(), reviews.job.cuts))
     kept = kept.append_column("cold", pa.array(reviews.cold[places]))
+    if reviews.stored is not None:
+        stored, missing = reviews.stored.of_reviews(kept["review_id"])
+        kept = kept.append_column("keywords", stored)
+        counts["values", "reviews without stored keywords"] += missing
     return conform(kept, REVIEW, "reviews"), places, pa.concat_tables(bad)
 
 

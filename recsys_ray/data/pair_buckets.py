@@ -20,15 +20,13 @@ import pyarrow.parquet as pq
 from recsys_ray.artifacts import Artifact, FileEntry, open_artifact, write_table
 from recsys_ray.data.finish import TextLimits, text_limits
 from recsys_ray.data.judged_pairs import JudgedQueries, JudgedQuery, judged_rows
-from recsys_ray.data.keywords import review_keywords
 from recsys_ray.data.pairs import (
     PRODUCT_FIELDS,
     Catalogue,
-    Keywords,
-    KeywordsOnce,
     PairError,
     PairsConfig,
     ReviewIndex,
+    Said,
     add_random_negatives,
     choose_queries,
     choose_train,
@@ -40,9 +38,11 @@ from recsys_ray.data.pairs import (
     text_from,
 )
 from recsys_ray.data.splits import SPLITS
+from recsys_ray.schema import PRODUCT, REVIEW, conform
 
 Ints = npt.NDArray[np.int64]
 Counts = Counter[str]
+SAID = ["title", "text", "keywords"]
 LEAKY = "train, own review left in"
 REVIEW_TYPES = ("keywords", "review_text")
 
@@ -125,7 +125,6 @@ class _Bucket:
     name: str
     prepared: Artifact
     catalogue: Catalogue
-    keywords: Keywords
     rule: TextLimits
     options: PairsConfig
     share: int                  # of all buckets: limits of the whole are divided by it
@@ -140,15 +139,15 @@ class _Bucket:
         table = self.prepared.table(name, ["review_id", "row_id", "timestamp_ms"])
         return ReviewIndex(table["review_id"].to_pylist(), table["row_id"].to_numpy(), table["timestamp_ms"].to_numpy())
 
-    def texts(self, split: str, positions: Ints) -> dict[int, tuple[str | None, str | None]]:
-        """(title, text) of the reviews at these positions (ascending)."""
-        found: dict[int, tuple[str | None, str | None]] = {}
+    def said(self, split: str, positions: Ints) -> dict[int, Said]:
+        """What the reviews at these positions (ascending) say."""
+        found: dict[int, Said] = {}
         path = self.prepared.file(f"reviews/{split}/{self.name}.parquet")
-        for start, block in _blocks(path, ["title", "text"]):
+        for start, block in _blocks(path, SAID):
             here = positions[(positions >= start) & (positions < start + block.num_rows)]
             taken = block.take(pa.array(here - start))
-            pairs = zip(taken["title"].to_pylist(), taken["text"].to_pylist(), strict=True)
-            found.update(zip(here.tolist(), pairs, strict=True))
+            rows = zip(*(taken[name].to_pylist() for name in SAID), strict=True)
+            found.update(zip(here.tolist(), (Said(*row) for row in rows), strict=True))
         return found
 
 
@@ -157,7 +156,7 @@ def _blocks(path: Path, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         for group in range(file.num_row_groups):
             block = file.read_row_group(group, columns=columns)
-            yield start, block
+            yield start, conform(block, pa.schema([REVIEW.field(name) for name in columns]), str(path))
             start += block.num_rows
 
 
@@ -169,12 +168,12 @@ def make_bucket(job: PairJob, bucket: str) -> BucketPairs:
     prepared, options = open_artifact(job.prepared, "prepared", job.version), job.options
     facts = prepared.manifest.facts
     columns = [*PRODUCT_FIELDS, "cold", "released_ms"]
-    catalogue = Catalogue(prepared.table(f"products/{bucket}.parquet", columns),
+    products = prepared.table(f"products/{bucket}.parquet", columns)
+    catalogue = Catalogue(conform(products, pa.schema([PRODUCT.field(name) for name in columns]), "products"),
                           prepared.table(f"product_text/{bucket}.parquet", ["row_id", "text"]),
                           facts["cuts"]["train_end_ms"] if facts["cuts"] else None)
     rule = text_limits(prepared.manifest)
-    keywords = KeywordsOnce(lambda _, text: review_keywords(text))
-    one = _Bucket(bucket, prepared, catalogue, keywords, rule, options, facts["num_buckets"])
+    one = _Bucket(bucket, prepared, catalogue, rule, options, facts["num_buckets"])
     result = BucketPairs()
     rows = {"train": _train_pairs(one, result), "valid": _later_pairs(one, "valid", result)}
     _later_pairs(one, "test", result)       # for the audit alone: no pair of it is written
@@ -207,12 +206,12 @@ def _train_pairs(one: _Bucket, result: BucketPairs) -> list[dict[str, Any]]:
     if reviews is None or not reviews.review_ids:
         return []
     choice = choose_train(reviews, one.options, one.rule.reviews_per_product, one.limit(one.options.max_train_reviews))
-    said = one.texts("train", choice.needed())
+    said = one.said("train", choice.needed())
     places = one.catalogue.places(reviews.row_ids[choice.queries])
     products = dict(zip(places.tolist(), one.catalogue.products(places), strict=True))
 
-    def fed(positions: Ints) -> list[tuple[str, str | None]]:
-        return [(reviews.review_ids[number], said[number][1]) for number in positions.tolist()]
+    def fed(positions: Ints) -> list[Said]:
+        return [said[number] for number in positions.tolist()]
 
     for row_id, place in zip(choice.indexed, one.catalogue.places(np.fromiter(choice.indexed, np.int64)), strict=True):
         _check_same_text(one, int(place), fed(choice.indexed[row_id]), products[int(place)])
@@ -221,9 +220,9 @@ def _train_pairs(one: _Bucket, result: BucketPairs) -> list[dict[str, Any]]:
         whole, product = one.catalogue.texts[place], products[place]
         text = whole
         if one.options.positive_text != "full":
-            text = text_from(product, fed(feeders), one.keywords, one.rule.text)
+            text = text_from(product, fed(feeders), one.rule.text)
         review_id = reviews.review_ids[query]
-        asked = review_queries(review_id, *said[query], one.keywords, one.options)
+        asked = review_queries(said[query], one.options)
         result.counts["train reviews chosen"] += 1
         result.counts["train queries too short"] += len(one.options.review_types) - len(asked)
         result.counts["train positives without their query's words"] += bool(asked) and text != whole
@@ -235,9 +234,9 @@ def _train_pairs(one: _Bucket, result: BucketPairs) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_same_text(one: _Bucket, place: int, fed: list[tuple[str, str | None]], product: dict[str, Any]) -> None:
+def _check_same_text(one: _Bucket, place: int, fed: list[Said], product: dict[str, Any]) -> None:
     """Raise `PairError` unless the reviews that fed the prepared text give that very text again."""
-    if text_from(product, fed, one.keywords, one.rule.text) != one.catalogue.texts[place]:
+    if text_from(product, fed, one.rule.text) != one.catalogue.texts[place]:
         raise PairError(f"{one.prepared.path}/product_text/{one.name}.parquet: the text of {product['product_id']!r} "
                         "cannot be made again from its reviews; prepare the data with this version first")
 
@@ -249,12 +248,12 @@ def _later_pairs(one: _Bucket, split: str, result: BucketPairs) -> list[dict[str
     if reviews is None or not reviews.review_ids or not one.options.max_valid_reviews:
         return []
     queries = choose_queries(reviews, one.options, one.limit(one.options.max_valid_reviews))
-    said = one.texts(split, np.sort(queries))
+    said = one.said(split, np.sort(queries))
     places = one.catalogue.places(reviews.row_ids[queries])
     rows = []
     for query, place, product in zip(queries.tolist(), places.tolist(), one.catalogue.products(places), strict=True):
         text, review_id = one.catalogue.texts[place], reviews.review_ids[query]
-        for kind, asked_for in review_queries(review_id, *said[query], one.keywords, one.options):
+        for kind, asked_for in review_queries(said[query], one.options):
             rows.append(pair_row(f"{review_id}/{kind}", asked_for, kind, product, text, split))
             result.note_copy(split, kind, asked_for, text)
     return rows

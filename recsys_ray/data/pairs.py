@@ -9,8 +9,9 @@ Catalogues without reviews give pairs from the products themselves (`product_pai
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -20,16 +21,14 @@ from pydantic import Field
 
 from recsys_ray.config import Config
 from recsys_ray.data.buckets import first_per_group
-from recsys_ray.data.keywords import content_words, keyword_query, top_keywords
+from recsys_ray.data.keywords import content_words, keyword_query, review_keywords, top_keywords
 from recsys_ray.data.preprocess import clean_query
-from recsys_ray.data.product_text import ProductTextConfig, product_text
+from recsys_ray.data.product_text import TEXT_FIELDS, ProductTextConfig, product_text
 from recsys_ray.ids import row_ids
 from recsys_ray.schema import TRAINING_PAIR
 
 Ints = npt.NDArray[np.int64]
-Keywords = Callable[[str, str | None], list[str]]   # (review id, its text) -> its keywords
-PRODUCT_FIELDS = ["row_id", "product_id", "group_id", "title", "brand", "color", "category", "description", "features",
-                  "ingredients", "attributes"]
+PRODUCT_FIELDS = [*TEXT_FIELDS, "group_id"]
 _PUNCTUATION = "\"'.,;:!?()[]|&*-"
 SLICE_PRODUCTS = 4096   # held as Python objects at once
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
@@ -116,6 +115,20 @@ def known_before(products: pa.Table, train_end_ms: int | None) -> npt.NDArray[np
 
 
 @dataclass(frozen=True)
+class Said:
+    """What one review says, and its stored keywords (None: the offline extractor's serve)."""
+
+    title: str | None
+    text: str | None
+    keywords: list[str] | None = None
+
+    @cached_property
+    def fed_keywords(self) -> list[str]:
+        """The keywords by which the review feeds its product's text."""
+        return review_keywords(self.text) if self.keywords is None else self.keywords
+
+
+@dataclass(frozen=True)
 class ReviewIndex:
     """The reviews of one bucket without their texts: ids, products and times, in file order."""
 
@@ -174,35 +187,21 @@ def choose_train(reviews: ReviewIndex, config: PairsConfig, per_text: int, limit
     return Choice(queries, feeders, indexed)
 
 
-def review_queries(review_id: str, title: str | None, text: str | None, keywords: Keywords, config: PairsConfig
-                   ) -> list[tuple[str, str]]:
+def review_queries(said: Said, config: PairsConfig) -> list[tuple[str, str]]:
     """(query type, query) of one review, as an evaluation would ask it; too short ones are left out."""
-    said = clean_query(str(text if text and text.strip() else title or ""))
+    whole = clean_query(str(said.text if said.text and said.text.strip() else said.title or ""))
+    words = review_keywords(whole) if said.keywords is None else said.keywords
     found = []
     for kind in config.review_types:
-        query = said if kind == "review_text" else keyword_query(keywords(review_id, said), config.max_keywords)
+        query = whole if kind == "review_text" else keyword_query(words, config.max_keywords)
         if len(content_words(query)) >= config.min_query_words:
             found.append((kind, query))
     return found
 
 
-class KeywordsOnce:
-    """The keywords of reviews, found once each."""
-
-    def __init__(self, keywords: Keywords) -> None:
-        self._keywords = keywords
-        self._found: dict[str, list[str]] = {}
-
-    def __call__(self, review_id: str, text: str | None) -> list[str]:
-        if review_id not in self._found:
-            self._found[review_id] = self._keywords(review_id, text)
-        return self._found[review_id]
-
-
-def text_from(product: Mapping[str, Any], feeders: Iterable[tuple[str, str | None]], keywords: Keywords,
-              rule: ProductTextConfig) -> str:
-    """The text of a product as these (review id, text) alone would feed it."""
-    return product_text(product, top_keywords([keywords(*one) for one in feeders], rule.max_keywords), rule)
+def text_from(product: Mapping[str, Any], feeders: Iterable[Said], rule: ProductTextConfig) -> str:
+    """The text of a product as these reviews alone would feed it."""
+    return product_text(product, top_keywords([one.fed_keywords for one in feeders], rule.max_keywords), rule)
 
 
 def pair_row(pair_id: str, query: str, kind: str, product: Mapping[str, Any], text: str, split: str) -> dict[str, Any]:
@@ -242,7 +241,8 @@ def _own_queries(product: Mapping[str, Any], text: str, rule: ProductTextConfig,
     for number, feature in enumerate(features[: wanted.features]):
         yield f"feature-{number}", "feature", feature, rest(features=features[:number] + features[number + 1:])
     if wanted.description and description:
-        yield "description", "description", _SENTENCE_END.split(description, maxsplit=1)[0], rest(description=None)
+        first = _SENTENCE_END.split(description, maxsplit=1)[0]
+        yield "description", "description", first, rest(description=None, summary=None)
     for number in range(wanted.title_words):
         if query := title_words(title, f"{config.seed}:{product['product_id']}:{number}"):
             yield f"title_words-{number}", "title_words", query, text if wanted.keep_title else rest(title=None)

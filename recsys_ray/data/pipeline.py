@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
 import ray
@@ -37,6 +38,7 @@ from recsys_ray.data.dedup import (
     signature_text,
 )
 from recsys_ray.data.finish import BucketJob, BucketResult, TextLimits, finish_bucket
+from recsys_ray.data.keyword_store import content_of, open_keywords
 from recsys_ray.data.preprocess import CleaningConfig, clean_products, clean_reviews
 from recsys_ray.data.product_text import ProductTextConfig
 from recsys_ray.data.sources import SourceConfig, SourceError, file_states, read_products, read_reviews
@@ -47,7 +49,7 @@ from recsys_ray.runtime import RayConfig
 log = logging.getLogger(__name__)
 
 KIND = "prepared"
-STAGE_VERSION = 4       # raise it when the same inputs would give other tables
+STAGE_VERSION = 5       # raise it when the same inputs would give other tables
 TASK_CPUS = 0.9
 SCRATCH = "scratch"
 _PARTICULAR = re.compile(r"[:('\"\d]| at ")     # where a reason begins to speak of one row
@@ -65,6 +67,7 @@ class PrepareConfig(Config):
     split: SplitConfig = SplitConfig()
     text: ProductTextConfig = ProductTextConfig()
     max_reviews_per_product: int = Field(default=50, ge=0)  # that feed the keywords of one product
+    keywords: Literal["offline"] | Path = "offline"         # offline, or the artefact of the extract_keywords job
     ray: RayConfig = RayConfig()
 
 
@@ -96,8 +99,10 @@ def prepare(config: PrepareConfig) -> Artifact:
     Errors: `SourceError` for input that cannot be read, `LeakError` when a later review fed item text.
     """
     tables = ["products", *(["reviews"] if has_reviews(config.source) else [])]
-    options = config.model_dump(mode="json", exclude={"output", "ray"})
-    identity = fingerprint({"options": options, "code": STAGE_VERSION, "files": file_states(config.source, tables)})
+    stored = None if config.keywords == "offline" else open_keywords(config.keywords, config.num_buckets)
+    options = config.model_dump(mode="json", exclude={"output", "ray", "keywords"})
+    identity = fingerprint({"options": options, "code": STAGE_VERSION, "files": file_states(config.source, tables),
+                            "keywords": stored and content_of(stored)})
     done = find_artifact(config.output, KIND, identity)
     if done is not None:
         log.info("prepared data is up to date: %s", done.manifest.version)
@@ -113,8 +118,8 @@ def prepare(config: PrepareConfig) -> Artifact:
         cuts = find_cuts(scattered.hours, config.split)
         groups, overfull = _near_duplicates(scattered.bands, config, str(staging.path / SCRATCH))
         log.info("%d products have a near-duplicate", len(groups))
-        results = _finish(config, staging, scattered, cuts, groups)
-        return _publish(config, staging, scattered, results, cuts, overfull)
+        results = _finish(config, staging, scattered, cuts, groups, stored)
+        return _publish(config, staging, scattered, results, cuts, overfull, stored)
 
 
 def has_reviews(source: SourceConfig) -> bool:
@@ -227,9 +232,10 @@ def _close_pairs(pairs: list[Part], bucket: int, shared_bands: int) -> pa.Table:
 
 # --- pass 2: finish bucket by bucket --------------------------------------------------------------
 def _finish(config: PrepareConfig, staging: Staging, scattered: _Scattered, cuts: tuple[int, int] | None,
-            groups: dict[int, int]) -> list[BucketResult]:
+            groups: dict[int, int], stored: Artifact | None) -> list[BucketResult]:
     limits = TextLimits(config.text, config.max_reviews_per_product)
-    job = ray.put(BucketJob(str(staging.path), scattered.products, scattered.reviews, cuts, groups, limits))
+    keywords = None if stored is None else (str(Path(config.keywords).resolve()), stored.manifest.version)
+    job = ray.put(BucketJob(str(staging.path), scattered.products, scattered.reviews, cuts, groups, limits, keywords))
     task = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(finish_bucket)
     results: list[BucketResult] = []
     pending = [task.remote(job, bucket) for bucket in range(config.num_buckets)]
@@ -242,7 +248,7 @@ def _finish(config: PrepareConfig, staging: Staging, scattered: _Scattered, cuts
 
 
 def _publish(config: PrepareConfig, staging: Staging, scattered: _Scattered, results: Iterable[BucketResult],
-             cuts: tuple[int, int] | None, overfull: int) -> Artifact:
+             cuts: tuple[int, int] | None, overfull: int, stored: Artifact | None) -> Artifact:
     results = list(results)
     counts = merged([scattered.counts, *(one.counts for one in results)])
     counts["duplicates", "bands with too many products to compare"] = overfull
@@ -255,7 +261,9 @@ def _publish(config: PrepareConfig, staging: Staging, scattered: _Scattered, res
              "cuts": None if cuts is None else {"train_end_ms": cuts[0], "valid_end_ms": cuts[1]},
              "counts": {f"{section}/{name}": count for (section, name), count in sorted(counts.items())
                         if section in ("rows", "values", "duplicates", "splits", "leaks")}}
-    return staging.commit(list({entry.path: entry for entry in files}.values()), config=config, facts=facts)
+    parents = {} if stored is None else {"keywords": stored.manifest}
+    return staging.commit(list({entry.path: entry for entry in files}.values()), config=config, facts=facts,
+                          parents=parents)
 
 
 def _across_splits(results: Iterable[BucketResult]) -> int:

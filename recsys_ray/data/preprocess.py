@@ -23,10 +23,9 @@ from recsys_ray.ids import row_ids
 from recsys_ray.schema import PRODUCT, QUARANTINE, REVIEW
 
 # What pass 2 of the preparation adds is missing in these two.
-CLEAN_PRODUCT = pa.schema([field for field in PRODUCT if field.name not in ("variant_ids", "group_id", "cold")]
-                          + [pa.field("_source", pa.string())])
-CLEAN_REVIEW = pa.schema([field for field in REVIEW if field.name not in ("split", "cold")]
-                         + [pa.field("_source", pa.string())])
+_ADDED = ("variant_ids", "group_id", "cold", "summary", "split", "keywords")
+CLEAN_PRODUCT = pa.schema([*(field for field in PRODUCT if field.name not in _ADDED), pa.field("_source", pa.string())])
+CLEAN_REVIEW = pa.schema([*(field for field in REVIEW if field.name not in _ADDED), pa.field("_source", pa.string())])
 
 _TAG = re.compile(r"</?[a-zA-Z][^<>]{0,400}>|<!--.{0,2000}?-->", re.DOTALL)
 _ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[a-zA-Z][a-zA-Z0-9]{1,31});")

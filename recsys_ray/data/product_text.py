@@ -19,6 +19,8 @@ from recsys_ray.config import Config
 from recsys_ray.data.keywords import top_keywords
 from recsys_ray.schema import PRODUCT_TEXT
 
+TEXT_FIELDS = ["row_id", "product_id", "title", "brand", "color", "category", "description", "summary", "features",
+               "ingredients", "attributes"]     # of PRODUCT, that a text is made of
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
@@ -53,8 +55,9 @@ def summary(description: str | None, max_chars: int) -> str:
 def product_text(product: Mapping[str, Any], keywords: Sequence[str], config: ProductTextConfig) -> str:
     """The text of one PRODUCT row and its review keywords under the configured template."""
     if config.template == "seed-v1":
+        short = summary(product.get("summary") or product["description"], config.summary_chars)
         sections = [("Title", product["title"] or ""), ("Review Keywords", ", ".join(keywords[: config.max_keywords])),
-                    ("Description Summary", summary(product["description"], config.summary_chars)),
+                    ("Description Summary", short),
                     ("Features", ", ".join((product["features"] or [])[: config.max_features])
                      or summary(product["ingredients"], config.summary_chars))]
         return " ".join(f"[{name}] {text}" for name, text in sections if text)[: config.max_chars]
@@ -81,9 +84,7 @@ def product_texts(products: pa.Table, keywords: Mapping[int, Sequence[tuple[str,
                   config: ProductTextConfig) -> pa.Table:
     """PRODUCT_TEXT rows of PRODUCT rows; `keywords` has (review id, its keywords) of each row id's train reviews."""
     rows = []
-    needed = ["row_id", "product_id", "title", "brand", "color", "category", "description", "features", "ingredients",
-              "attributes"]
-    for product in products.select(needed).to_pylist():
+    for product in products.select(TEXT_FIELDS).to_pylist():
         reviews = keywords.get(product["row_id"], ())
         best = top_keywords([words for _, words in reviews], config.max_keywords)
         text = product_text(product, best, config)
@@ -93,13 +94,6 @@ def product_texts(products: pa.Table, keywords: Mapping[int, Sequence[tuple[str,
                      "lexical_text": lexical, "text_hash": text_hash(text, config.template), "keywords": best,
                      "keyword_review_ids": fed})
     return pa.Table.from_pylist(rows, schema=PRODUCT_TEXT)
-
-
-def product_text_without(product: Mapping[str, Any], reviews: Sequence[tuple[str, Sequence[str]]], review_id: str,
-                         config: ProductTextConfig) -> str:
-    """The product's text as if one review had never been written: the positive of that review as a query."""
-    others = [words for own, words in reviews if own != review_id]
-    return product_text(product, top_keywords(others, config.max_keywords), config)
 
 
 def text_hash(text: str, template: str) -> str:

@@ -26,7 +26,7 @@ from recsys_ray.ids import row_ids
 from recsys_ray.retrieval.lexical import LexicalConfig, LexicalStatistics, term_weights
 from recsys_ray.schema import JUDGMENT, QUERY, TEXTS, conform
 
-REVIEW_COLUMNS = ("review_id", "product_id", "title", "text", "cold")
+REVIEW_COLUMNS = ("review_id", "product_id", "title", "text", "cold", "keywords")
 
 
 class QuerySetError(ValueError):
@@ -121,7 +121,7 @@ def review_query_set(buckets: Iterable[pa.Table], config: ReviewQueries, statist
 
 
 _KEPT = (("review_id", pa.string()), ("product_id", pa.string()), ("title", pa.string()), ("text", pa.string()),
-         ("cold", pa.bool_()), ("draw", pa.int64()))
+         ("cold", pa.bool_()), ("keywords", TEXTS), ("draw", pa.int64()))
 
 
 def _has_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -130,8 +130,7 @@ def _has_text(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _with_draw(reviews: pa.Table, seed: int) -> pa.Table:
     draw = row_ids(f"{seed}:{one}" for one in reviews["review_id"].to_pylist())
-    table = reviews.append_column("draw", pa.array(draw, pa.int64()))
-    return pa.table({name: table[name].cast(kind) for name, kind in _KEPT})
+    return conform(reviews.append_column("draw", pa.array(draw, pa.int64())), pa.schema(_KEPT), "reviews")
 
 
 def _sample(reviews: pa.Table, limit: int | None) -> pa.Table:
@@ -144,12 +143,13 @@ def _query_texts(reviews: pa.Table, config: ReviewQueries) -> list[str]:
     """The text of each review, or its title when it has no text, or the keywords of that."""
     texts = [str(text if text and text.strip() else title)
              for title, text in zip(reviews["title"].to_pylist(), reviews["text"].to_pylist(), strict=True)]
-    return texts if config.text == "review_text" else keyword_queries(texts)
+    return texts if config.text == "review_text" else keyword_queries(texts, reviews["keywords"].to_pylist())
 
 
-def keyword_queries(texts: Sequence[str]) -> list[str]:
-    """The keywords of each text as a query; the whole text where it has none."""
-    return [keyword_query(review_keywords(clean_query(text))) or text for text in texts]
+def keyword_queries(texts: Sequence[str], stored: Sequence[list[str] | None]) -> list[str]:
+    """The keywords of each text as a query, stored ones or the offline extractor's; the whole text without any."""
+    return [keyword_query(review_keywords(clean_query(text)) if words is None else words) or text
+            for text, words in zip(texts, stored, strict=True)]
 
 
 def _slices(cold: pa.ChunkedArray, texts: Sequence[str], rule: AnswerableRule, statistics: LexicalStatistics,

@@ -15,6 +15,7 @@ from recsys_ray.data.pairs import (
     PairError,
     PairsConfig,
     ReviewIndex,
+    Said,
     add_random_negatives,
     choose_queries,
     choose_train,
@@ -93,7 +94,7 @@ def test_as_of_time_takes_earlier_reviews_alone_and_full_takes_the_indexed_text(
 
 # --- queries and texts ----------------------------------------------------------------------------
 def ask(text: str | None, title: str | None = None, **options: Any) -> list[tuple[str, str]]:
-    return review_queries("r", title, text, lambda _, said: review_keywords(said), PairsConfig(**options))
+    return review_queries(Said(title, text), PairsConfig(**options))
 
 
 def test_the_queries_of_a_review() -> None:
@@ -103,6 +104,10 @@ def test_the_queries_of_a_review() -> None:
     assert ask(said, query_type="keywords", max_keywords=1) == [("keywords", "dry skin")]
     assert ask("  ", "Velvet couch", query_type="review_text") == [("review_text", "Velvet couch")]
     assert ask("love it!", query_type="both") == []
+    stored = Said(None, said, ["teenage daughter", "winter"])
+    assert review_queries(stored, PairsConfig(query_type="keywords")) == [("keywords", "teenage daughter winter")]
+    assert stored.fed_keywords == ["teenage daughter", "winter"]
+    assert Said("title", None).fed_keywords == []
     assert ask("love the lipstick", query_type="both", min_query_words=2) == []
 
 
@@ -111,7 +116,7 @@ def test_a_text_without_one_review_equals_that_of_a_shop_in_which_it_was_never_w
     product = products("a").to_pylist()[0]
     others = [(one, text) for one, text in said.items() if one != "r0"]
     expected = product_text(product, top_keywords([review_keywords(text) for _, text in others], 20), RULE)
-    assert text_from(product, others, lambda _, text: review_keywords(text), RULE) == expected
+    assert text_from(product, [Said(None, text) for _, text in others], RULE) == expected
     assert "dry skin" not in expected
     assert "winter" in expected
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from recsys_ray.artifacts import Artifact, open_artifact
-from recsys_ray.data import pair_buckets, training_pairs
+from recsys_ray.data import pair_buckets, pairs, training_pairs
 from recsys_ray.data.pair_buckets import LEAKY, BucketPairs, PairJob, audit_rows, copied_shares, make_bucket
 from recsys_ray.data.pairs import PairError, PairsConfig
 from recsys_ray.data.pipeline import PrepareConfig, prepare
@@ -152,7 +152,7 @@ def test_a_second_run_reuses_a_killed_one_continues(
 @pytest.mark.ray
 def test_texts_of_another_preparation_are_refused(prepared: Artifact, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair_buckets, "review_keywords", lambda text: ["other"])
+    monkeypatch.setattr(pairs, "review_keywords", lambda text: ["other"])
     job = PairJob(str(prepared.path.parents[1]), prepared.manifest.version, str(tmp_path), PairsConfig())
     with pytest.raises(PairError, match="cannot be made again"):
         _ = [make_bucket(job, Path(name).stem) for name in prepared.names("products/")]
@@ -175,11 +175,11 @@ def test_a_catalogue_without_reviews_needs_other_queries(local_ray: None, tmp_pa
         "text": {"template": "fields-v1"}, "ray": {"progress": False}}))
     with pytest.raises(PairError, match="no training pair"):
         make_pairs(config_for(found, tmp_path / "none"))
-    pairs = make_pairs(config_for(found, tmp_path / "pairs", product_queries={"title": True, "features": 2}))
-    rows = rows_of(pairs, "train")
+    made = make_pairs(config_for(found, tmp_path / "pairs", product_queries={"title": True, "features": 2}))
+    rows = rows_of(made, "train")
     assert {kind: sum(row["query_type"] == kind for row in rows) for kind in ("title", "feature")} == {
         "title": 11, "feature": 22}
-    assert pairs.manifest.facts["copied_token_gap"] is None
+    assert made.manifest.facts["copied_token_gap"] is None
     assert all(row["query"] not in row["text"] for row in rows)
 
 

@@ -55,8 +55,10 @@ def flow(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("work"))
         status = {"make_demo_shop": run_job("make_demo_shop", *SHOP)}
-        for stage in ("prepare", "embed", "build_index"):
+        for stage in ("prepare", "embed", "build_index", "extract_keywords"):
             status[stage] = run_job(stage)
+        status["make_pairs"] = run_job("make_pairs", "max_train_reviews=150")
+        status["mine_negatives"] = run_job("mine_negatives")
         for queries, config in QUERY_SETS.items():
             for system in SYSTEMS:
                 status[f"retrieve_candidates {system}-{queries}"] = run_job(
@@ -100,6 +102,30 @@ def test_build_index() -> None:
     index = manifest("index", "index")
     assert index.facts["live_rows"] == manifest("prepared", "prepared").rows("products/")
     assert index.facts["encoder"] == manifest("embeddings", "embeddings").facts["encoder"]
+
+
+def test_make_pairs() -> None:
+    pairs = manifest("pairs", "pairs")
+    assert 150 < pairs.rows("pairs/train/") < 350       # about 150 reviews, keywords and text of each
+    assert pairs.rows("pairs/valid/") > 0
+    shares = pairs.facts["copied_token_share"]
+    assert pairs.facts["copied_token_gap"] < 0.2
+    assert shares["train"] < shares["train, own review left in"]
+
+
+def test_mine_negatives() -> None:
+    mined = manifest("pairs-mined", "pairs")
+    assert mined.rows("pairs/train/") == manifest("pairs", "pairs").rows("pairs/train/")
+    assert mined.facts["negatives"]["random"] == mined.rows("pairs/train/")
+    assert mined.facts["negatives"]["mined"] > mined.rows("pairs/train/")
+
+
+def test_extract_keywords() -> None:
+    keywords = manifest("keywords", "keywords")
+    reviews = sum(manifest("prepared", "prepared").rows(f"reviews/{split}/") for split in ("train", "valid", "test"))
+    assert keywords.rows("keywords/") == reviews
+    assert run_job("prepare", f"keywords={DEMO}/keywords", f"output={DEMO}/prepared-again") == 0
+    assert manifest("prepared-again", "prepared").parents["keywords"] == keywords.reference
 
 
 @pytest.mark.parametrize("queries", QUERY_SETS)
