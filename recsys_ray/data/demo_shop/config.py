@@ -29,6 +29,8 @@ class Clarity(Config):
     say_type: Share
     say_facets: float = Field(ge=0, le=6)
     say_brand: Share
+    say_line: Share
+    filler: float = Field(ge=0, le=0.9)
     catalogue_words: Share
     wrong_facet: Share
     title_facets: Share

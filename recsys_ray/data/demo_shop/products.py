@@ -85,7 +85,7 @@ def line_name(department: int, line: int) -> str:
         return f"The {adjectives[adjective % len(adjectives)]} {known['title_nouns'][noun]}"
     first, second = divmod(line, len(known["line_seconds"]))
     word = known["lines"][first % len(known["lines"])]
-    return word if line % 3 else f"{word} {known['line_seconds'][second]}"
+    return word if line % 3 == 0 else f"{word} {known['line_seconds'][second]}"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _title_word(product: Product, slot: str, roll: Dice, share: float) -> str | 
     if slot == "type":
         return roll.mostly_first(product.kind.words.catalogue)
     if slot == "line":
-        return product.line if product.department.key == "books" or roll.chance(0.5) else None
+        return product.line if product.department.key == "books" or roll.chance(0.8) else None
     if slot == "brand":
         return product.brand if roll.chance(0.75) else None
     if not roll.chance(share):

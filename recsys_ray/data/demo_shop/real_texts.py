@@ -221,7 +221,7 @@ def _told(product: RealProduct, others: Sequence[RealProduct], rating: int, clea
         sentences.append(roll.pick(spoken["real_sayings"]).replace("{w}", roll.pick(other) if other else topic))
     if product.store and roll.chance(clear.say_brand):
         sentences.append(roll.pick(spoken["brand_sayings"]).replace("{b}", product.store))
-    while roll.chance(0.4) and len(sentences) < 8:
+    while roll.chance(clear.filler) and len(sentences) < 8:
         sentences.append(roll.pick(spoken["generic_more"]))
     return Told(roll.pick(spoken["titles"][mood]), register(" ".join(sentences), roll, clear.typo), names_it,
                 tuple(said), None)

@@ -54,13 +54,13 @@ def told_review(product: Product, wants: Sequence[int], rating: int, clear: Clar
     sentences = [_statement(product, at, clear, roll) for at in facets] + about_concern
     if roll.chance(clear.say_brand):
         sentences.append(roll.pick(spoken["brand_sayings"]).replace("{b}", product.brand))
-    if roll.chance(clear.say_brand):
+    if roll.chance(clear.say_line):
         sentences.append(roll.pick(spoken["line_sayings"]).replace("{l}", product.line))
-    while roll.chance(0.42) and len(sentences) < 9:
+    while roll.chance(clear.filler) and len(sentences) < 9:
         sentences.insert(roll.below(len(sentences) + 1), roll.pick(spoken["fillers"][product.department.key]))
-    if roll.chance(0.25):
+    if roll.chance(clear.filler / 2):
         sentences.append(roll.pick(spoken["fillers"]["any"]))
-    if roll.chance(0.3):
+    if roll.chance(clear.filler / 2):
         sentences.append(roll.pick(spoken["closers"][mood]))
     title = _title(product, facets, kind, clear, roll, mood)
     text = register(" ".join([opener, *sentences]), roll, clear.typo)
