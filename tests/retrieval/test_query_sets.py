@@ -114,3 +114,12 @@ def test_the_real_query_table_has_all_its_queries(real_data) -> None:
     found = table_query_set(TableQueries(path=str(real_data("esci_us_subset") / "queries.parquet")))
     assert found.queries.num_rows == 150
     assert found.skipped == 0
+
+
+def test_stored_keywords_are_the_query_where_there_are_any() -> None:
+    told = [["oily skin", "night"], [], None, None, None]
+    stored = reviews(1, 6).append_column("keywords", pa.array(told, pa.list_(pa.string())))
+    found = query_set(ReviewQueries(prepared=Path("x"), text="keywords"), stored)
+    assert {row["query_id"]: row["query"] for row in found.queries.to_pylist()} == {
+        "r1": "oily skin night", "r2": "vitamin dropper number2", "r3": "title",
+        "r4": "vitamin dropper number", "r5": "vitamin dropper number"}
