@@ -54,7 +54,7 @@ class PairBatch:
     positive: Ints                      # (B,) place of each query's positive among the documents
     query_group: Ints                   # (B,) near-duplicate group of the query's positive product
     document_group: Ints                # (C,) group of each document's product
-    document_text: Ints                 # (C,) hash of each document's text
+    document_text: Ints                 # (C,) hash of each document's text, the same in every process
     negative_of: Ints                   # (C,) -1, or for a hard negative the place of the query it was found for
 
     def __post_init__(self) -> None:
@@ -132,7 +132,8 @@ class _Rng:
 
     @classmethod
     def now(cls) -> _Rng:
-        device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        used = torch.cuda.is_available() and torch.cuda.is_initialized()    # type: ignore[no-untyped-call]
+        device = torch.cuda.current_device() if used else None
         return cls(torch.get_rng_state(), device, None if device is None else torch.cuda.get_rng_state(device))
 
     @contextmanager

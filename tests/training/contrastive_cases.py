@@ -245,6 +245,7 @@ def all_cases(rank: int, world: int) -> dict[str, Any]:
                     "loss": values.loss, "accuracy": values.accuracy, "masked_share": values.masked_share,
                     "queries": values.queries, "gradients": [one.grad for one in model.parameters()]}
     found["own pool"] = _own_pool(rank, world)
+    found["accumulated"] = _accumulated(rank, world)
     found["empty"] = _empty(rank, world)
     return found
 
@@ -274,6 +275,16 @@ def _own_pool(rank: int, world: int) -> dict[str, Any]:
     batch = share_of(whole_batch(True), DIVISIONS[world], rank)
     values = step(model, batch, ContrastiveConfig(gather=False, mini_batch=3), sync=model.no_sync)
     return {"loss": values.loss, "gradients": [one.grad for one in model.parameters()]}
+
+
+def _accumulated(rank: int, world: int) -> list[Tensor | None]:
+    """Gradients of two half steps, of which the first is not to be synchronised at all."""
+    model = DistributedDataParallel(TinyEncoder())
+    batch = share_of(whole_batch(True), DIVISIONS[world], rank)
+    with model.no_sync():
+        step(model, batch, config_of("cached 5"), sync=model.no_sync, scale=0.5)
+    step(model, batch, config_of("cached 5"), sync=model.no_sync, scale=0.5)
+    return [one.grad for one in model.parameters()]
 
 
 def _empty(rank: int, world: int) -> str:

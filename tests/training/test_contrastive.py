@@ -258,6 +258,11 @@ def test_workers_make_the_step_of_one(workers: list[dict[str, Any]], name: str, 
         assert found["masked_share"] == pytest.approx(alone.masked_share)
 
 
+def test_workers_accumulate_gradients(workers: list[dict[str, Any]]) -> None:
+    _, gradients = reference(whole_batch(True), config_of("cached 5"), 0.0)
+    assert all(largest(worker["accumulated"], gradients) < EXACT for worker in workers)
+
+
 def test_without_gathering_workers_keep_to_their_own_documents(workers: list[dict[str, Any]]) -> None:
     sizes, model = DIVISIONS[len(workers)], TinyEncoder()
     config, whole = ContrastiveConfig(), whole_batch(True)
