@@ -76,22 +76,24 @@ def _block(start: int, lengths: Sequence[int], device: torch.device) -> Block:
 
 # --- linear ---------------------------------------------------------------------------------------
 class WorkingWeights:
-    """The weights of linear layers and norms in the computing type, converted once after each change."""
+    """The weights of linear layers and norms in the computing type, converted once for one forward pass.
+
+    For one pass only: a fused optimizer changes parameters without raising their version counters, so
+    there is nothing to see by whether a conversion is still right.
+    """
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype      # None: as the parameters are
-        self._held: dict[int, tuple[tuple[tuple[int, int], ...], tuple[Tensor, Tensor]]] = {}
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, *modules: nn.Module) -> tuple[Tensor, Tensor]:
         """(weight, bias) of modules put side by side, without gradient."""
-        state = tuple((id(parameter), parameter._version) for module in modules
-                      for parameter in (module.weight, module.bias))
         held = self._held.get(id(modules[0]))
-        if held is None or held[0] != state:
+        if held is None:
             with torch.no_grad():
-                held = state, (self._joined([m.weight for m in modules]), self._joined([m.bias for m in modules]))
+                held = self._joined([m.weight for m in modules]), self._joined([m.bias for m in modules])
             self._held[id(modules[0])] = held
-        return held[1]
+        return held
 
     def _joined(self, parameters: Sequence[Any]) -> Tensor:
         parts = [one.detach().to(self.dtype or one.dtype) for one in parameters]

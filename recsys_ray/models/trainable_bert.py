@@ -94,7 +94,6 @@ class TrainableBert(nn.Module):
         if config.dropout is not None:
             self._rates = (config.dropout, config.dropout)
         self.dtype = dtype          # of the products
-        self._working = WorkingWeights(None if dtype == "float32" else getattr(torch, dtype))
 
     @classmethod
     def load(cls, config: TrainableConfig) -> Self:
@@ -135,7 +134,9 @@ class TrainableBert(nn.Module):
     def _run(self, token_ids: TokenIds) -> Iterator[tuple[Tensor, list[int]]]:
         """The states of so many texts as go together, and their lengths; `token_ids` by falling length."""
         dropout = self._dropout(token_ids)
+        working = WorkingWeights(None if self.dtype == "float32" else getattr(torch, self.dtype))
         hidden_TD = self._embed(token_ids, dropout)
+        hidden_TD = hidden_TD.to(working.dtype or hidden_TD.dtype)
         budget = self.config.tokens_at_once or (
             GPU_TOKENS_AT_ONCE if hidden_TD.device.type == "cuda" else CPU_TOKENS_AT_ONCE)
         for first, last, start, end in _portions([len(one) for one in token_ids], budget):
@@ -144,9 +145,10 @@ class TrainableBert(nn.Module):
             some_TD, some_dropout = hidden_TD[start:end], dropout.take(start, end)
             for number, layer in enumerate(self._plain_body().encoder.layer):
                 if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                    some_TD = checkpoint(self._layer, layer, number, some_TD, blocks, some_dropout, use_reentrant=False)
+                    some_TD = checkpoint(self._layer, layer, number, some_TD, blocks, some_dropout, working,
+                                         use_reentrant=False)
                 else:
-                    some_TD = self._layer(layer, number, some_TD, blocks, some_dropout)
+                    some_TD = self._layer(layer, number, some_TD, blocks, some_dropout, working)
             yield some_TD, lengths
 
     def _plain_body(self) -> Any:
@@ -167,10 +169,11 @@ class TrainableBert(nn.Module):
         keep = dropout.hidden_keep(0, hidden_TD.shape[1])
         if keep is not None:
             hidden_TD = hidden_TD * masked_(torch.full_like(hidden_TD, keep_scale(dropout.hidden)), keep)
-        return hidden_TD.to(self._working.dtype or hidden_TD.dtype)
+        return hidden_TD
 
-    def _layer(self, layer: Any, number: int, hidden_TD: Tensor, blocks: Sequence[Block], dropout: Dropout) -> Tensor:
-        mixer, working, site = layer.attention.self, self._working, 1 + SITES * number
+    def _layer(self, layer: Any, number: int, hidden_TD: Tensor, blocks: Sequence[Block], dropout: Dropout,
+               working: WorkingWeights) -> Tensor:
+        mixer, site = layer.attention.self, 1 + SITES * number
         qkv_T3D = linear(hidden_TD, working, mixer.query, mixer.key, mixer.value)
         mixed_TD = linear(attend(qkv_T3D, blocks, self.heads, dropout, site), working, layer.attention.output.dense)
         hidden_TD = add_norm(mixed_TD, hidden_TD, dropout, site + 1, layer.attention.output.LayerNorm, working)

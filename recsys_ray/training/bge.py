@@ -71,10 +71,17 @@ class FinetuneBgeConfig(LoopConfig):
         """Where the tokenised pairs are."""
         return (self.shards or self.output.with_name(self.output.name + "-shards")).resolve()
 
+    def resolved(self) -> Self:
+        """The same with absolute paths: workers start in other directories."""
+        model = self.encoder.model
+        if Path(model).is_dir():
+            model = str(find_model(model))      # one version of an artefact, whatever is published meanwhile
+        return self.replace(pairs=self.pairs.resolve(), output=self.output.resolve(), shards=self.shards_root,
+                            encoder=self.encoder.replace(model=model))
+
     def shard_settings(self) -> ShardSettings:
         """How the pairs are tokenised."""
-        model = str(find_model(self.encoder.model))
-        encoder = self.encoder.replace(model=model, device="cpu")
+        encoder = self.encoder.replace(device="cpu")
         return ShardSettings(encoder.model_dump(mode="json"), self.query_tokens, self.document_tokens)
 
     def key(self, shards_fingerprint: str) -> str:

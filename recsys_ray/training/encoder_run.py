@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from recsys_ray.artifacts import Artifact, Manifest, Staging, write_text
+from recsys_ray.models.sentence_layout import ENCODER_FOLDER as FOLDER
 from recsys_ray.models.text_encoder import device_of, encoder_identity
 from recsys_ray.training.bge import BgeTask, FinetuneBgeConfig, build_task
 from recsys_ray.training.distributed import rank, world_size
@@ -24,7 +25,6 @@ from recsys_ray.training.trackers import read_curve
 
 log = logging.getLogger(__name__)
 
-FOLDER = "encoder"      # of the artefact: what sentence-transformers loads
 CURVE = "metrics.jsonl"
 RESULT = "result.json"
 
@@ -50,7 +50,8 @@ def _write_encoder(config: FinetuneBgeConfig, task: BgeTask, files: RunFiles, di
     best = best_weights(files)
     if best is not None:
         task.model.load_state_dict(best)
-    values = asdict(progress) | {"train_pairs": len(task.train), "valid_pairs": len(task.valid)}
+    values = asdict(progress) | {"train_pairs": len(task.train), "valid_pairs": len(task.valid),
+                                 "base": encoder_identity(config.encoder)}
     curve = read_curve(files.curve)
     prompts = {"query": config.encoder.query_prompt, "document": config.encoder.document_prompt}
     own = {"query": task.model.layout.query_prompt, "document": task.model.layout.document_prompt}
@@ -73,7 +74,7 @@ def publish(config: FinetuneBgeConfig, staging: Staging, parents: Mapping[str, M
     steps, shares = values["step"], values["sums"]
     facts = {
         "encoder": encoder_identity(config.encoder.replace(model=str(folder))),
-        "base": encoder_identity(config.encoder), "base_model": config.encoder.model, "steps": steps,
+        "base": values["base"], "base_model": config.encoder.model, "steps": steps,
         "best_step": values["best_step"] if values["best_value"] is not None else steps,
         "best_value": values["best_value"], "base_value": values["base_value"],
         "objective": config.validation.objective, "stopped_early": values["stopped"],

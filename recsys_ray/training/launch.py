@@ -30,6 +30,7 @@ from recsys_ray.artifacts import (
     write_text,
 )
 from recsys_ray.config import Config, fingerprint
+from recsys_ray.models.sentence_layout import ENCODER_KIND as KIND
 from recsys_ray.training import pair_shards
 from recsys_ray.training.bge import FinetuneBgeConfig
 from recsys_ray.training.loop import Report
@@ -37,7 +38,6 @@ from recsys_ray.training.pair_shards import PairTokenizer, ShardSettings, write_
 
 log = logging.getLogger(__name__)
 
-KIND = "encoder"
 TASK_CPUS = 0.9
 
 
@@ -65,23 +65,23 @@ def finetune_here(config: FinetuneBgeConfig, report: Report | None = None) -> Ar
     return _finetune(config.replace(workers={**config.workers.model_dump(), "count": 0}), report)
 
 
-def _finetune(config: FinetuneBgeConfig, report: Report | None) -> Artifact:
+def _finetune(given: FinetuneBgeConfig, report: Report | None) -> Artifact:
     from recsys_ray.training.encoder_run import publish, train_worker
 
-    pairs = open_artifact(config.pairs.resolve(), "pairs")
+    config = given.resolved()
+    pairs = open_artifact(config.pairs, "pairs")
     shards = _tokenised(config, pairs)
-    output, key = config.output.resolve(), config.key(shards.manifest.fingerprint)
+    output, key = config.output, config.key(shards.manifest.fingerprint)
     if (done := find_artifact(output, KIND, key)) is not None:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging:
         sweep_staging(output, key)
-        resolved = config.replace(pairs=config.pairs.resolve(), output=output, shards=config.shards_root)
         if config.workers.count == 0:
-            train_worker(resolved, str(staging.path), shards.manifest.version, key, report=report)
+            train_worker(config, str(staging.path), shards.manifest.version, key, report=report)
         else:
-            _train_on_ray(resolved, staging, shards, key)
-        return publish(config, staging, {"pairs": pairs.manifest, "pair_shards": shards.manifest})
+            _train_on_ray(config, staging, shards, key)
+        return publish(given, staging, {"pairs": pairs.manifest, "pair_shards": shards.manifest})
 
 
 # --- workers --------------------------------------------------------------------------------------

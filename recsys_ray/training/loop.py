@@ -111,8 +111,8 @@ class Loop:
         steps = max(1, round(config.epochs * task.batches_per_epoch / config.accumulate))
         self.total_steps = min(steps, config.max_steps or steps)
         self.progress = self._restore()
-        self._trackers = None if rank() else Trackers(config.trackers, files.directory, self.progress.step, name,
-                                                      parameters)
+        begun = self.progress.step or -1    # before step 0 there is its evaluation
+        self._trackers = None if rank() else Trackers(config.trackers, files.directory, begun, name, parameters)
 
     def run(self) -> Progress:
         """Train until a limit is reached; the model then has its last weights, the best ones are on disk."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from recsys_ray.artifacts import git_sha
+from recsys_ray.models.sentence_layout import MINILM
 from recsys_ray.training.bge import FinetuneBgeConfig
 
 MOST_ROWS = 12
@@ -54,12 +56,18 @@ def model_card(config: FinetuneBgeConfig, values: Mapping[str, Any], curve: Sequ
     tenth = max(1, len(losses) // 10)
     share = values["sums"].get("false_negative_share", 0.0) / steps
     return CARD.format(
-        base=config.encoder.model, similarity=config.contrastive.similarity, train_pairs=f"{values['train_pairs']:,}",
+        base=_base(config.encoder.model), similarity=config.contrastive.similarity, train_pairs=f"{values['train_pairs']:,}",
         steps=f"{values['step']:,}", batch=config.sampler.batch_size * config.accumulate,
         early=", stopped early" if values["stopped"] else "", sha=git_sha(), settings=_settings(config),
         first_loss=_mean(losses[:tenth]), last_loss=_mean(losses[-tenth:]), false_negatives=f"{share:.2%}",
         masked="; they were left out of the loss" if config.contrastive.mask_same_product else "",
         validation=_validation(config, values, curve))
+
+
+def _base(model: str) -> str:
+    if model == MINILM:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 def _settings(config: FinetuneBgeConfig) -> str:

@@ -5,7 +5,7 @@ Nothing is remembered between steps, so a resumed run needs two numbers to go on
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -86,33 +86,33 @@ class BatchSampler:
 def spread(keys: list[Ints], batches: int, size: int) -> list[Ints]:
     """The places 0 to batches x size - 1 in batches where no key comes twice, as far as that goes.
 
-    Places keep their order as nearly as they can: one that would repeat a key waits for the next batch.
-    At the end, when only repetitions are left to choose from, they are taken.
+    A place stays in the batch of its turn unless it repeats a key there; then it changes with one of the
+    nearest batch where neither repeats any. A key that comes more often than there are batches repeats.
     """
-    waiting: list[int] = []
-    coming, found = iter(range(batches * size)), []
-    for _ in range(batches):
-        seen: list[set[int]] = [set() for _ in keys]
-        chosen: list[int] = []
-        held: list[int] = []
+    found = [list(range(batch * size, (batch + 1) * size)) for batch in range(batches)]
+    values = [column.tolist() for column in keys]
+    held = [[Counter(column[place] for place in batch) for column in values] for batch in found]
+    for batch in range(batches):
+        for seat in range(size):
+            place = found[batch][seat]
+            if any(counts[column[place]] > 1 for counts, column in zip(held[batch], values, strict=True)):
+                _change(batch, seat, found, values, held)
+    return [np.array(batch, dtype=np.int64) for batch in found]
 
-        def take(place: int, seen: list[set[int]] = seen, chosen: list[int] = chosen, held: list[int] = held) -> None:
-            values = [int(column[place]) for column in keys]
-            if any(value in taken for value, taken in zip(values, seen, strict=True)):
-                held.append(place)
+
+def _change(batch: int, seat: int, found: list[list[int]], values: list[list[int]], held: list[list[Counter[int]]]
+            ) -> None:
+    """Exchange the place at a seat with one of another batch, if both then repeat nothing."""
+    place = found[batch][seat]
+    for other in sorted(range(len(found)), key=lambda one: abs(one - batch)):
+        if other == batch or any(counts[column[place]] for counts, column in zip(held[other], values, strict=True)):
+            continue
+        for other_seat, candidate in enumerate(found[other]):
+            if not any(counts[column[candidate]] for counts, column in zip(held[batch], values, strict=True)):
+                found[batch][seat], found[other][other_seat] = candidate, place
+                for here, there, column in zip(held[batch], held[other], values, strict=True):
+                    here.subtract([column[place]])
+                    here.update([column[candidate]])
+                    there.subtract([column[candidate]])
+                    there.update([column[place]])
                 return
-            for value, taken in zip(values, seen, strict=True):
-                taken.add(value)
-            chosen.append(place)
-
-        for place in waiting:
-            if len(chosen) < size:
-                take(place)
-            else:
-                held.append(place)
-        while len(chosen) < size and (following := next(coming, None)) is not None:
-            take(following)
-        missing = size - len(chosen)
-        found.append(np.array(chosen + held[:missing], dtype=np.int64))
-        waiting = held[missing:]
-    return found
