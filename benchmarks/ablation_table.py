@@ -20,16 +20,19 @@ UNTRAINED = ("popularity", "bm25", "oracle")
 RESAMPLING = Resampling(samples=2000, permutations=2000)
 
 
-def summary(cells: Cells, rows: Sequence[str], seeds: Sequence[int], source: str, ours: str, null_shop: str | None
-            ) -> tuple[dict[str, float], dict[str, Any]]:
+def summary(cells: Cells, source: str, ours: str, null_shop: str | None) -> tuple[dict[str, float], dict[str, Any]]:
     """(headline, tables): per shop every system by slice, and each row against the source recipe and against base."""
     tables: dict[str, Any] = {}
     headline: dict[str, float] = {}
     for shop, made in cells.items():
         asked = made["base/0"]["asked"]
+        trained: dict[str, list[str]] = {}
+        for name in made:
+            trained.setdefault(name.rpartition("/")[0], []).append(name)
+        rows = [row for row in trained if row != "base"]
         ranks = {name: [np.array(made["base/0"]["ranks"][name], float)] for name in UNTRAINED}
         for row in ("base", *rows):
-            of_seeds = [made[f"{row}/{seed}"]["ranks"] for seed in ((0,) if row == "base" else seeds)]
+            of_seeds = [made[name]["ranks"] for name in trained[row]]
             for kind in ("dense", "hybrid"):
                 ranks[f"{row} {kind}"] = [np.array(one[kind], float) for one in of_seeds]
         units = Units.of(asked["product"], asked["user"])
@@ -39,8 +42,7 @@ def summary(cells: Cells, rows: Sequence[str], seeds: Sequence[int], source: str
                                                                 units)
         tables[shop] = {"products": made["base/0"]["products"], "queries": len(asked["cold"]),
                         "systems": [_figures(name, ranks[name], asked) for name in ranks], "gains": gains,
-                        "learning_rates": {row: [made[f"{row}/{seed}"].get("learning_rate") for seed in seeds]
-                                           for row in rows}}
+                        "learning_rates": {row: [made[name]["learning_rate"] for name in trained[row]] for row in rows}}
         if shop == null_shop:
             headline["null_shop_max_gain"] = max(
                 one["recall100"]["difference"] for name, one in gains.items() if "against base" in name)

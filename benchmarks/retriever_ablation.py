@@ -71,7 +71,7 @@ class JobConfig(Config):
     rows: dict[str, Row]
     source: str                                     # the row the others are compared with
     ours: str                                       # the row that is to beat it
-    null_shop: str | None = None                    # where no row may win
+    null_shop: str | None = None                    # where no row may win: source and ours, one seed
     work: Path = Path("runs/retriever_ablation")
     cells: Path = Path("benchmarks/results/retriever_ablation")
     result: Path = Path("benchmarks/results/retriever_ablation.json")
@@ -94,18 +94,26 @@ def run(config: JobConfig) -> Path | None:
         return None
     for shop in config.shops:
         _ready(config, shop)
-    _in_processes(config, [f"{shop}/{row}/rate-{rate:g}" for shop in config.shops for row in config.rows
+    _in_processes(config, [f"{shop}/{row}/rate-{rate:g}" for shop in config.shops for row in _rows(config, shop)
                            for rate in config.rates if len(config.rates) > 1])
     _in_processes(config, [f"{shop}/{BASE}/0" for shop in config.shops])
-    _in_processes(config, [f"{shop}/{row}/{seed}" for seed in config.seeds for shop in config.shops
-                           for row in config.rows])
-    cells = {shop: {name: json.loads(_file(config, shop, *name.split("/")).read_bytes())
-                    for name in [f"{BASE}/0", *(f"{row}/{seed}" for row in config.rows for seed in config.seeds)]}
+    names = {shop: [f"{row}/{seed}" for seed in _seeds(config, shop) for row in _rows(config, shop)]
              for shop in config.shops}
-    headline, tables = summary(cells, list(config.rows), config.seeds, config.source, config.ours, config.null_shop)
+    _in_processes(config, [f"{shop}/{name}" for shop, of_shop in names.items() for name in of_shop])
+    cells = {shop: {name: json.loads(_file(config, shop, *name.split("/")).read_bytes())
+                    for name in [f"{BASE}/0", *of_shop]} for shop, of_shop in names.items()}
+    headline, tables = summary(cells, config.source, config.ours, config.null_shop)
     command = f"python benchmarks/retriever_ablation.py {' '.join(sys.argv[1:])}"
     tables["setting"] = config.model_dump(mode="json", exclude={"cell"})
     return write_result(config.result, command=command, headline=headline, tables=tables, seeds=config.seeds)
+
+
+def _rows(config: JobConfig, shop: str) -> list[str]:
+    return [config.source, config.ours] if shop == config.null_shop else list(config.rows)
+
+
+def _seeds(config: JobConfig, shop: str) -> tuple[int, ...]:
+    return config.seeds[:1] if shop == config.null_shop else config.seeds
 
 
 def _file(config: JobConfig, shop: str, row: str, seed: str) -> Path:
@@ -153,7 +161,8 @@ def _ready(config: JobConfig, shop: str) -> None:
     assert flow.shop is not None
     make_demo_shop(flow.shop)
     ensure_index(flow)
-    for name, row in config.rows.items():
+    for name in _rows(config, shop):
+        row = config.rows[name]
         make_pairs(MakePairsConfig.model_validate({**row.pairs.model_dump(), "prepared": flow.prepare.output,
                                                    "output": _pairs(config, shop, row)}))
         if row.negatives is not None:

@@ -70,7 +70,8 @@ def test_a_sweep_goes_on_after_its_driver_was_killed(tmp_path: Path, tiny_text_m
     """Six trials of two evaluations; the driver is killed after the first trial has ended."""
     write_pairs(tmp_path / "pairs")
     settings = {
-        "finetune": {"pairs": str(tmp_path / "pairs"), "output": str(tmp_path / "unused"), "shards": str(tmp_path / "shards"),
+        "finetune": {"pairs": str(tmp_path / "pairs"), "output": str(tmp_path / "unused"),
+                     "shards": str(tmp_path / "shards"),
                      "encoder": {"model": str(tiny_text_model()), "device": "cpu"}, "max_steps": 6, "evaluate_every": 3,
                      "query_tokens": 16, "document_tokens": 16, "sampler": {"batch_size": 8},
                      "validation": {"queries": 20, "products": 50}},
