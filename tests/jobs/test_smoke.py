@@ -26,6 +26,7 @@ REPO = Path(__file__).resolve().parents[2]
 SHOP = ("products=500", "reviews=3000", "queries=20", "image_products=5")
 DEMO = Path("runs/demo")
 SYSTEMS = ("bm25", "dense", "hybrid")
+SHORT = ("query_tokens=16", "document_tokens=16", "sampler.batch_size=16")     # of a training nobody will use
 QUERY_SETS = {"test": "demo", "queries": "demo_queries"}
 
 
@@ -59,6 +60,7 @@ def flow(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             status[stage] = run_job(stage)
         status["make_pairs"] = run_job("make_pairs", "max_train_reviews=150")
         status["mine_negatives"] = run_job("mine_negatives")
+        status["finetune_bge"] = run_job("finetune_bge", "workers.count=0", "max_steps=3", "evaluate_every=3", *SHORT)
         for queries, config in QUERY_SETS.items():
             for system in SYSTEMS:
                 status[f"retrieve_candidates {system}-{queries}"] = run_job(
@@ -118,6 +120,30 @@ def test_mine_negatives() -> None:
     assert mined.rows("pairs/train/") == manifest("pairs", "pairs").rows("pairs/train/")
     assert mined.facts["negatives"]["random"] == mined.rows("pairs/train/")
     assert mined.facts["negatives"]["mined"] > mined.rows("pairs/train/")
+
+
+def test_finetune_bge() -> None:
+    encoder = manifest("encoder", "encoder")
+    assert encoder.facts["steps"] == 3
+    assert encoder.parents["pairs"] == manifest("pairs", "pairs").reference
+
+
+def test_accept_encoder() -> None:
+    """Three steps improve nothing that a gate can see: the job says so and leaves; told otherwise it publishes."""
+    assert run_job("accept_encoder", "queries.max_queries=50") == 1
+    assert not (DEMO / "encoder-latest" / "CURRENT").exists()
+    assert run_job("accept_encoder", "queries.max_queries=50", "force=true") == 0
+    latest = manifest("encoder-latest", "encoder")
+    assert (latest.facts["outcome"], latest.facts["forced"]) == ("undecidable", True)
+    assert latest.parents["candidate"] == manifest("encoder", "encoder").reference
+
+
+def test_tune() -> None:
+    short = [f"finetune.{one}" for one in (*SHORT, "max_steps=2", "evaluate_every=1")]
+    assert run_job("tune", "trials=2", "space={optim.learning_rate: {low: 1.0e-5, high: 1.0e-4}}", *short) == 0
+    board = json.loads((DEMO / "sweep/leaderboard.json").read_text())
+    assert (board["trials"], board["errored"]) == (2, 0)
+    assert run_job("finetune_bge", "output=runs/demo/encoder-best", config=str((DEMO / "sweep/best").resolve())) == 0
 
 
 def test_extract_keywords() -> None:
