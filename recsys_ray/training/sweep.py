@@ -96,7 +96,9 @@ def sweep(config: SweepConfig) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     restored = _claim(output, config)
     with runtime.connected(config.ray):
-        trainable = tune.with_resources(tune.with_parameters(_trial, settings=config.model_dump(mode="json")),
+        # trials run in directories of their own
+        here = config.replace(finetune=config.finetune.resolved().model_dump(), output=output)
+        trainable = tune.with_resources(tune.with_parameters(_trial, settings=here.model_dump(mode="json")),
                                         {"cpu": config.trial_cpus, "gpu": config.trial_gpus})
         results = _tuner(config, trainable, output).fit()
         rows = [_row(one) for one in results]

@@ -130,7 +130,7 @@ def test_finetune_bge() -> None:
 
 def test_accept_encoder() -> None:
     """Three steps improve nothing that a gate can see: the job says so and leaves; told otherwise it publishes."""
-    assert run_job("accept_encoder", "queries.max_queries=50") == 1
+    assert run_job("accept_encoder", "queries.max_queries=50") == 2
     assert not (DEMO / "encoder-latest" / "CURRENT").exists()
     assert run_job("accept_encoder", "queries.max_queries=50", "force=true") == 0
     latest = manifest("encoder-latest", "encoder")
