@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 JOB = $(RUN) jobs/$(1).py --config configs/$(1)/$(2).yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve shop report test test-unit test-ray lint types bench-embed bench-index bench-scale \
+.PHONY: help demo serve shop report test test-unit test-ray lint types bench-embed bench-index bench-scale bench-train \
         bench-real exactness chaos realism results cluster-up cluster-down clean
 
 help:  ## list the commands
@@ -19,7 +19,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[$(FAISS),demo,dev,bench,llm]'
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[$(FAISS),demo,dev,bench,train,llm]'
 	@touch $@
 
 demo: $(VENV)/.demo  ## generate a shop, prepare, embed, index, evaluate, report, serve it and ask it
@@ -52,6 +52,9 @@ bench-embed: $(VENV)/.dev  ## embedding speed against sentence-transformers and 
 
 bench-index: $(VENV)/.dev  ## index types beside hnswlib on 100,000 real embeddings
 	$(RUN) benchmarks/index.py --config configs/bench_index/full.yaml
+
+bench-train: $(VENV)/.dev  ## training speed against sentence-transformers' trainer, two workers, Ray against torchrun
+	$(RUN) benchmarks/train_speed.py --config configs/bench_train/full.yaml
 
 bench-scale: $(VENV)/.dev  ## time and memory of preparation at 10k, 100k and 700k reviews
 	$(RUN) benchmarks/scale.py --config configs/bench_scale/full.yaml

@@ -259,3 +259,15 @@ def attend(qkv_T3D: Tensor, blocks: Sequence[Block], heads: int, dropout: Dropou
     """Self-attention inside each text, (T, D), from the queries, keys and values of packed texts."""
     out: Tensor = _Attend.apply(qkv_T3D, blocks, heads, dropout, site)
     return out
+
+
+def attend_fused(qkv_T3D: Tensor, blocks: Sequence[Block], heads: int, dropout: Dropout) -> Tensor:
+    """The same through torch's own kernels, which never hold the scores; their dropout draws from torch's generator."""
+    rate, parts = dropout.attention if dropout.keys is not None else 0.0, []
+    for block in blocks:
+        query, key, value = split_heads(block, qkv_T3D, heads)
+        padding = None if block.padding is None else block.padding.to(query.dtype).expand(-1, -1, block.length, -1)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=padding, dropout_p=rate)
+        flat_TD = mixed.transpose(1, 2).reshape(block.texts * block.length, -1)
+        parts.append(flat_TD if block.places is None else flat_TD.index_select(0, block.places))
+    return torch.cat(parts)

@@ -66,8 +66,8 @@ class SentenceLayout:
 def find_model(model: str) -> Path:
     """The directory of `model`: the packaged MiniLM, a local path, a fine-tuned encoder's artefact or a hub name.
 
-    Errors: `ArtifactError` for a damaged artefact; `EncoderError` when the package of the `demo` extra is absent or holds other weights,
-    when the path does not exist, or when the hub does not have or give the model.
+    Errors: `ArtifactError` for a damaged artefact; `EncoderError` when the package of the `demo` extra is
+    absent or holds other weights, when the path does not exist, or when the hub does not have or give the model.
     """
     if model == MINILM:
         return _packaged_minilm()

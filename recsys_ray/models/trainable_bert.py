@@ -29,6 +29,7 @@ from recsys_ray.models.packed_layers import (
     WorkingWeights,
     add_norm,
     attend,
+    attend_fused,
     linear,
     plan_blocks,
 )
@@ -59,6 +60,9 @@ class TrainableOptions(Config):
     gradient_checkpointing: bool = False    # a third more time for a fraction of the memory
     freeze_token_embeddings: bool = False
     lora: LoraSettings | None = None
+    # plain: scores are held, dropout is a function of the text; fused: torch's kernels, which need less memory.
+    # auto: fused on a GPU
+    attention: Literal["auto", "plain", "fused"] = "auto"
     tokens_at_once: int | None = Field(default=None, ge=1)      # that go through all layers together; None: by device
 
 
@@ -175,7 +179,12 @@ class TrainableBert(nn.Module):
                working: WorkingWeights) -> Tensor:
         mixer, site = layer.attention.self, 1 + SITES * number
         qkv_T3D = linear(hidden_TD, working, mixer.query, mixer.key, mixer.value)
-        mixed_TD = linear(attend(qkv_T3D, blocks, self.heads, dropout, site), working, layer.attention.output.dense)
+        way = self.config.attention
+        if way == "fused" or (way == "auto" and hidden_TD.device.type == "cuda"):
+            attended_TD = attend_fused(qkv_T3D, blocks, self.heads, dropout)
+        else:
+            attended_TD = attend(qkv_T3D, blocks, self.heads, dropout, site)
+        mixed_TD = linear(attended_TD, working, layer.attention.output.dense)
         hidden_TD = add_norm(mixed_TD, hidden_TD, dropout, site + 1, layer.attention.output.LayerNorm, working)
         inner = F.gelu(linear(hidden_TD, working, layer.intermediate.dense))
         return add_norm(linear(inner, working, layer.output.dense), hidden_TD, dropout, site + 2,

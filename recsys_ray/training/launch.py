@@ -35,6 +35,7 @@ from recsys_ray.training import pair_shards
 from recsys_ray.training.bge import FinetuneBgeConfig
 from recsys_ray.training.loop import Report
 from recsys_ray.training.pair_shards import PairTokenizer, ShardSettings, write_shard
+from recsys_ray.training.trackers import followed
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,8 @@ def _train_on_ray(config: FinetuneBgeConfig, staging: Staging, shards: Artifact,
         run_config=RunConfig(name=f"{time.time_ns()}-{os.getpid()}", storage_path=str(state),
                              failure_config=FailureConfig(max_failures=workers.max_failures)))
     try:
-        trainer.fit()
+        with followed(staging.path / "run" / "metrics.jsonl"):
+            trainer.fit()
     except WorkerGroupError as error:
         first = next(iter(error.worker_failures.values()), error)
         raise ValueError(f"training failed on a worker: {first}") from error

@@ -149,6 +149,7 @@ class Loop:
         cpu, wall = time.process_time(), time.perf_counter()
         config, task, done = self.config, self.task, self.share_done()
         rate = rate_at(min(1.0, done + 0.5 / self.total_steps), config.optim)
+        factor = float(self.scaler.scale(torch.ones((), device=self.device))) / config.accumulate
         task.model.train()
         found: dict[str, float] = {}
         for part in range(config.accumulate):
@@ -156,7 +157,7 @@ class Loop:
             torch.manual_seed((config.seed << 32) + number * world_size() + rank())
             task.begin(number)
             with nullcontext() if part == config.accumulate - 1 else task.no_sync():
-                values = task.backward(number, self.scaler.get_scale() / config.accumulate)
+                values = task.backward(number, factor)
             for name, value in values.items():
                 found[name] = found.get(name, 0.0) + (value if name == "tokens" else value / config.accumulate)
         self.scaler.unscale_(self.optimizer)

@@ -56,7 +56,8 @@ def model_card(config: FinetuneBgeConfig, values: Mapping[str, Any], curve: Sequ
     tenth = max(1, len(losses) // 10)
     share = values["sums"].get("false_negative_share", 0.0) / steps
     return CARD.format(
-        base=_base(config.encoder.model), similarity=config.contrastive.similarity, train_pairs=f"{values['train_pairs']:,}",
+        base=_base(config.encoder.model), similarity=config.contrastive.similarity,
+        train_pairs=f"{values['train_pairs']:,}",
         steps=f"{values['step']:,}", batch=config.sampler.batch_size * config.accumulate,
         early=", stopped early" if values["stopped"] else "", sha=git_sha(), settings=_settings(config),
         first_loss=_mean(losses[:tenth]), last_loss=_mean(losses[-tenth:]), false_negatives=f"{share:.2%}",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from recsys_ray.config import Config, ConfigError
 log = logging.getLogger(__name__)
 
 TERMINAL_EVERY_S = 10.0
+FOLLOW_EVERY_S = 2.0
 MLFLOW_BATCH = 500
 
 
@@ -84,6 +86,29 @@ class Terminal:
 
     def close(self) -> None:
         """Nothing to close."""
+
+
+@contextmanager
+def followed(curve: Path) -> Iterator[None]:
+    """While the block runs, what other processes write to a curve is said in this one's terminal."""
+    ended, terminal = threading.Event(), Terminal()
+
+    def follow() -> None:
+        said = len(read_curve(curve))
+        while not ended.wait(FOLLOW_EVERY_S):
+            lines = read_curve(curve)
+            for line in lines[min(said, len(lines)):]:
+                terminal.log(line["step"], {name: math.nan if value is None else value
+                                            for name, value in line.items() if name != "step"})
+            said = len(lines)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class TensorBoard:

@@ -46,7 +46,8 @@ def hub_embeddings(body: torch.nn.Module, token_ids: list[np.ndarray], pooling: 
 
 
 @pytest.mark.parametrize(("body", "pooling"), [("bert", "mean"), ("bert", "cls"), ("xlm-roberta", "cls")])
-@pytest.mark.parametrize("settings", [{}, {"tokens_at_once": 30}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("settings", [{}, {"tokens_at_once": 30}, {"gradient_checkpointing": True},
+                                      {"attention": "fused"}])
 def test_embeddings_and_gradients_are_those_of_the_hubs_model(
         tiny_text_model: TinyModel, body: str, pooling: str, settings: dict[str, object]) -> None:
     root = tiny_text_model(body=body, pooling=pooling)

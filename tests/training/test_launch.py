@@ -135,6 +135,33 @@ def driver(settings: dict[str, Any], directory: Path, environment: dict[str, str
                                 env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
+@pytest.mark.parametrize("changes", [
+    {"encoder": {"dtype": "float16"}}, {"encoder": {"dtype": "bfloat16"}}, {"contrastive": {"mini_batch": 3}},
+    {"accumulate": 2}, {"body": {"gradient_checkpointing": True, "freeze_token_embeddings": True}}])
+def test_every_way_of_computing_learns(pairs: Path, model: Path, tmp_path: Path, uninterrupted: Artifact,
+                                       changes: dict[str, Any]) -> None:
+    settings = settings_of(pairs, model, tmp_path / "encoder", **changes)
+    settings["encoder"] = {"model": str(model), "device": "cpu", "dtype": "float32", **changes.get("encoder", {})}
+    settings["shards"] = str(uninterrupted.path.parents[1].with_name("encoder-shards"))
+    found = [line["loss"] for line in curve(finetune_bge(FinetuneBgeConfig.model_validate(settings))) if "loss" in line]
+    wanted = [line["loss"] for line in curve(uninterrupted) if "loss" in line]
+    assert found[0] == pytest.approx(wanted[0], rel=0.05) or "accumulate" in changes
+    assert np.mean(found[-3:]) < found[0]
+    if "contrastive" in changes:    # in chunks, dropout on: the same to the last digits of float32
+        assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_adapters_start_from_the_seed_and_are_merged(pairs: Path, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    lora = {"lora": {"rank": 2, "dropout": 0.1, "modules": ["query", "value"]}}
+    found = [finetune_bge(FinetuneBgeConfig.model_validate(settings_of(
+        pairs, model, tmp_path / name / "encoder", body=lora, max_steps=4))) for name in ("a", "b")]
+    assert curve(found[0]) == curve(found[1])
+    assert found[0].manifest.facts["encoder"] == found[1].manifest.facts["encoder"]
+    assert found[0].manifest.facts["encoder"] != found[0].manifest.facts["base"]
+    assert not [name for name in found[0].names("encoder/") if "adapter" in name]
+
+
 def test_contradictions_are_refused(pairs: Path, model: Path, tmp_path: Path) -> None:
     for changes, reason in (({"validation": {"objective": "ndcg"}}, "validation.objective"),
                             ({"workers": {"count": 9}}, r"workers\.count"),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from recsys_ray.training.trackers import Curve, MlflowConfig, Trackers, TrackersConfig, read_curve
+from recsys_ray.training.trackers import Curve, MlflowConfig, Trackers, TrackersConfig, followed, read_curve
 
 STEP = {"loss": 0.5, "accuracy": 0.25, "learning_rate": 1e-4, "progress": 0.1, "tokens": 100.0, "seconds": 0.5}
 
@@ -22,6 +23,22 @@ def test_a_curve_goes_on_behind_the_step_it_resumes_from(tmp_path: Path) -> None
     again.log(3, {"loss": float("nan")})
     again.close()
     assert read_curve(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": None}]
+
+
+def test_a_curve_that_others_write_is_said_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("recsys_ray.training.trackers.FOLLOW_EVERY_S", 0.01)
+    path = tmp_path / "metrics.jsonl"
+    with caplog.at_level("INFO"), followed(path):
+        curve = Curve(path, 0)
+        curve.log(7, STEP)
+        curve.log(7, {"mrr": 0.25})
+        curve.close()
+        ends = time.monotonic() + 10
+        while "mrr" not in caplog.text and time.monotonic() < ends:
+            time.sleep(0.01)
+    assert "step 7, 10 % done: loss 0.5000, accuracy 0.250, rate 1.00e-04, 200 tokens a second" in caplog.text
+    assert "step 7: mrr 0.2500" in caplog.text
 
 
 def test_tensorboard_gets_every_figure(tmp_path: Path) -> None:
