@@ -54,7 +54,7 @@ bench-index: $(VENV)/.dev  ## index types beside hnswlib on 100,000 real embeddi
 	$(RUN) benchmarks/index.py --config configs/bench_index/full.yaml
 
 bench-train: $(VENV)/.dev  ## training speed against sentence-transformers' trainer, two workers, Ray against torchrun
-	$(RUN) benchmarks/train_speed.py --config configs/bench_train/full.yaml
+	$(RUN) benchmarks/train_speed.py --config configs/bench_train_speed/full.yaml
 
 bench-scale: $(VENV)/.dev  ## time and memory of preparation at 10k, 100k and 700k reviews
 	$(RUN) benchmarks/scale.py --config configs/bench_scale/full.yaml

@@ -1,6 +1,6 @@
 """How fast a retriever is trained, beside sentence-transformers' own trainer.
 
-    python benchmarks/train_speed.py --config configs/bench_train/full.yaml
+    python benchmarks/train_speed.py --config configs/bench_train_speed/full.yaml
 
 Every side trains the same model on the same pairs, truncation and batch size for one epoch, in its own
 process with as many threads; the rounds alternate (A B C ..., then backwards). CPU time is that of the
@@ -40,7 +40,7 @@ class JobConfig(Config):
     """What is trained on, how and how often."""
 
     products: Path                                      # ESCI products.parquet: titles as queries, texts as products
-    work: Path = Path("runs/bench_train")
+    work: Path = Path("runs/bench_train_speed")
     result: Path = Path("benchmarks/results/train_speed.json")
     model: str = "minilm"
     batch_size: int = Field(default=64, ge=2)
