@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from recsys_ray import runtime
 from recsys_ray.artifacts import (
     Artifact,
     FileEntry,
-    Staging,
     check_file,
     find_artifact,
     open_artifact,
@@ -32,7 +31,7 @@ from recsys_ray.artifacts import (
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.models.sentence_layout import ENCODER_KIND as KIND
 from recsys_ray.training import pair_shards
-from recsys_ray.training.bge import FinetuneBgeConfig
+from recsys_ray.training.bge import FinetuneBgeConfig, WorkersConfig
 from recsys_ray.training.loop import Report
 from recsys_ray.training.pair_shards import PairTokenizer, ShardSettings, write_shard
 from recsys_ray.training.trackers import followed
@@ -81,38 +80,40 @@ def _finetune(given: FinetuneBgeConfig, report: Report | None) -> Artifact:
         if config.workers.count == 0:
             train_worker(config, str(staging.path), shards.manifest.version, key, report=report)
         else:
-            _train_on_ray(config, staging, shards, key)
+            settings = {"config": config.model_dump(mode="json"), "staging": str(staging.path),
+                        "shards": shards.manifest.version, "key": key}
+            run_workers(_worker, settings, config.workers, staging.path)
         return publish(given, staging, {"pairs": pairs.manifest, "pair_shards": shards.manifest})
 
 
 # --- workers --------------------------------------------------------------------------------------
-def _train_on_ray(config: FinetuneBgeConfig, staging: Staging, shards: Artifact, key: str) -> None:
+def run_workers(worker: Callable[[dict[str, Any]], None], settings: dict[str, Any], workers: WorkersConfig,
+                staging: Path) -> None:
+    """Run `worker(settings)` on every worker of a group until all are done; one that dies is started again.
+
+    `staging` is the run's directory: its curve is followed there. `settings` are plain values, because
+    they travel. Errors: `ValueError` with what the first failed worker said, once `max_failures` are used up.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import WorkerGroupError
 
-    workers, state = config.workers, staging.path / "ray"
+    state = staging / "ray"
     shutil.rmtree(state, ignore_errors=True)    # of drivers that ended; this one holds the lock
+    resources = {"CPU": workers.cpus, **({"GPU": 1.0} if workers.gpus else {})}
     trainer = TorchTrainer(
-        _worker, train_loop_config={"config": config.model_dump(mode="json"), "staging": str(staging.path),
-                                    "shards": shards.manifest.version, "key": key},
-        scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=workers.gpus,
-                                     resources_per_worker=_resources(config)),
+        worker, train_loop_config=settings,
+        scaling_config=ScalingConfig(num_workers=workers.count, use_gpu=workers.gpus, resources_per_worker=resources),
         torch_config=TorchConfig(backend="nccl" if workers.gpus else "gloo"),
         run_config=RunConfig(name=f"{time.time_ns()}-{os.getpid()}", storage_path=str(state),
                              failure_config=FailureConfig(max_failures=workers.max_failures)))
     try:
-        with followed(staging.path / "run" / "metrics.jsonl"):
+        with followed(staging / "run" / "metrics.jsonl"):
             trainer.fit()
     except WorkerGroupError as error:
         first = next(iter(error.worker_failures.values()), error)
         raise ValueError(f"training failed on a worker: {first}") from error
     shutil.rmtree(state, ignore_errors=True)
-
-
-def _resources(config: FinetuneBgeConfig) -> dict[str, float]:
-    found: dict[str, float] = {"CPU": config.workers.cpus}
-    return {**found, "GPU": 1} if config.workers.gpus else found
 
 
 def _worker(settings: dict[str, Any]) -> None:

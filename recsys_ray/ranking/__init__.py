@@ -1,0 +1,1 @@
+"""Candidates -> ordered results: recommenders, features, rankers."""
