@@ -53,6 +53,7 @@ class EaseConfig(Config):
 
     kind: Literal["ease"] = "ease"
     regularisation: float = Field(default=200.0, gt=0)  # of squared weights, in users
+    min_users: int = Field(default=1, ge=1)             # items of fewer users are left out: the cost is items cubed
 
 
 RecommenderConfig = Annotated[PopularityConfig | ItemKnnConfig | EaseConfig, Field(discriminator="kind")]
@@ -99,14 +100,14 @@ class Recommender:
     """A fitted recommender; weights are None (popularity), sparse or dense, (I, I) from history to item."""
 
     items: tuple[str, ...]
-    users_of_item: Floats       # (I,): in how many histories each item was
+    popularity: Floats          # (I,): share of the histories that each item was in
     weights: Any
 
     def score(self, histories: Matrix) -> Floats:
         """A score of every item for each history, (U, I); of popularity where a history has no known item."""
         if histories.shape[1] != len(self.items):
             raise RecommenderError(f"histories over {histories.shape[1]} items for a recommender of {len(self.items)}")
-        popularity = np.broadcast_to(self.users_of_item, histories.shape)
+        popularity = np.broadcast_to(self.popularity, histories.shape)
         if self.weights is None:
             return popularity.copy()
         found = histories @ self.weights
@@ -122,16 +123,13 @@ class Recommender:
         """
         row = user_items([""] * len(history), list(history), items=self.items, users=[""]).matrix
         scores = self.score(row)[0]
-        order = np.lexsort((np.arange(len(scores)), -self.users_of_item, -scores))
-        if exclude_seen:
-            order = order[~np.isin(order, row.indices)]
-        order = order[: max(0, k)]
+        order = best_first(scores, self.popularity, row.indices if exclude_seen else (), k)
         return [self.items[one] for one in order], scores[order]
 
     def save(self, directory: Path) -> tuple[str, ...]:
         """Write the two files of `FILES` into `directory` (nothing pickled); returns their names."""
         directory.mkdir(parents=True, exist_ok=True)
-        table = pa.table({"product_id": pa.array(self.items, pa.string()), "users": pa.array(self.users_of_item)})
+        table = pa.table({"product_id": pa.array(self.items, pa.string()), "popularity": pa.array(self.popularity)})
         pq.write_table(table, directory / FILES[0], compression="zstd", write_page_checksum=True)
         arrays: dict[str, Any] = {}
         if isinstance(self.weights, np.ndarray):
@@ -148,7 +146,13 @@ class Recommender:
         table = pq.ParquetFile(directory / FILES[0], page_checksum_verification=True).read()
         items = tuple(table["product_id"].to_pylist())
         weights = _read_weights(directory / FILES[1], len(items))
-        return cls(items, np.asarray(table["users"].to_numpy(), dtype=np.float32), weights)
+        return cls(items, np.asarray(table["popularity"].to_numpy(), dtype=np.float32), weights)
+
+
+def best_first(scores_I: Floats, popularity_I: Floats, left_out: Sequence[int] | Ints, k: int) -> Ints:
+    """The places of the k best items that are not left out, best first; ties by popularity, then by place."""
+    order = np.lexsort((np.arange(len(scores_I)), -popularity_I, -scores_I))
+    return np.asarray(order[~np.isin(order, np.asarray(left_out, dtype=np.int64))][: max(0, k)])
 
 
 def _read_weights(path: Path, items: int) -> Any:
@@ -173,13 +177,13 @@ def fit_recommender(histories: UserItems, config: RecommenderConfig) -> Recommen
     """The recommender of these histories. Errors: `RecommenderError` without any history."""
     if not histories.matrix.nnz:
         raise RecommenderError("no user has any item; nothing to fit")
-    counts = np.asarray(histories.matrix.sum(axis=0), dtype=np.float32).reshape(-1)
+    popularity = np.asarray(histories.matrix.mean(axis=0), dtype=np.float32).reshape(-1)
     weights: Any = None
     if isinstance(config, ItemKnnConfig):
         weights = item_knn_weights(histories.matrix, config.neighbours, config.shrinkage)
     elif isinstance(config, EaseConfig):
-        weights = ease_weights(histories.matrix, config.regularisation)
-    return Recommender(histories.items, counts, weights)
+        weights = ease_weights(histories.matrix, config.regularisation, config.min_users)
+    return Recommender(histories.items, popularity, weights)
 
 
 def item_knn_weights(matrix: Matrix, neighbours: int, shrinkage: float) -> Matrix:
@@ -202,18 +206,23 @@ def item_knn_weights(matrix: Matrix, neighbours: int, shrinkage: float) -> Matri
     return csr_array(coo_array((values[kept].astype(np.float32), (row[kept], column[kept])), shape=both.shape))
 
 
-def ease_weights(matrix: Matrix, regularisation: float) -> Floats:
+def ease_weights(matrix: Matrix, regularisation: float, min_users: int = 1) -> Floats:
     """Weights (I, I), dense, diagonal 0: B = I - P / diag(P) by columns, P = (X'X + regularisation I)^-1.
 
-    The closed form of least squares with a zero diagonal (Steck, WWW 2019, algorithm 1), in float64.
+    The closed form of least squares with a zero diagonal (Steck, WWW 2019, algorithm 1), in float64, over the items of
+    at least `min_users` users; the weights of all others are 0.
     """
     items = matrix.shape[1]
     if items > MAX_EASE_ITEMS:
         raise RecommenderError(f"EASE keeps a dense matrix of {items} x {items}; at most {MAX_EASE_ITEMS} items: leave "
                                "rare items out, or take item_knn")
-    gram = np.asarray((matrix.T @ matrix).todense(), dtype=np.float64)
-    gram[np.diag_indices(items)] += regularisation
+    kept = np.flatnonzero(np.asarray(matrix.sum(axis=0)).reshape(-1) >= min_users)
+    columns = matrix[:, kept]
+    gram = np.asarray((columns.T @ columns).todense(), dtype=np.float64)
+    gram[np.diag_indices(len(kept))] += regularisation
     inverse = np.linalg.inv(gram)
-    weights = -inverse / np.diag(inverse)
-    np.fill_diagonal(weights, 0.0)
-    return weights.astype(np.float32)
+    solved = -inverse / np.diag(inverse)
+    np.fill_diagonal(solved, 0.0)
+    weights = np.zeros((items, items), np.float32)
+    weights[np.ix_(kept, kept)] = solved
+    return weights

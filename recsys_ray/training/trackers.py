@@ -80,8 +80,9 @@ class Terminal:
             log.info("step %d: %s", step, ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         elif time.monotonic() - self._logged > TERMINAL_EVERY_S:
             self._logged = time.monotonic()
-            log.info("step %d, %.0f %% done: loss %.4f, accuracy %.3f, rate %.2e, %.0f tokens a second", step,
-                     100 * values["progress"], values["loss"], values["accuracy"], values["learning_rate"],
+            accuracy = f", accuracy {values['accuracy']:.3f}" if "accuracy" in values else ""
+            log.info("step %d, %.0f %% done: loss %.4f%s, rate %.2e, %.0f tokens a second", step,
+                     100 * values["progress"], values["loss"], accuracy, values["learning_rate"],
                      values["tokens"] / max(values["seconds"], 1e-9))
 
     def close(self) -> None:

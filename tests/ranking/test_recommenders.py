@@ -73,16 +73,26 @@ def test_ease_minimises_its_loss_under_a_zero_diagonal(histories: UserItems) -> 
         np.testing.assert_allclose(weights[others, j], solved, atol=1e-5)
 
 
+def test_ease_over_part_of_the_items_is_ease_of_their_columns(histories: UserItems) -> None:
+    counts = dense(histories).sum(axis=0)
+    kept = counts >= 12
+    assert 2 < kept.sum() < len(counts)
+    found = ease_weights(histories.matrix, 2.0, min_users=12)
+    np.testing.assert_allclose(found[np.ix_(kept, kept)], ease_weights(histories.matrix[:, kept], 2.0), rtol=1e-5)
+    assert not found[~kept].any()
+    assert not found[:, ~kept].any()
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
 def test_scores_are_sums_over_the_history_and_of_popularity_without_one(
         histories: UserItems, config: RecommenderConfig) -> None:
     model = fit_recommender(histories, config)
     asked = user_items(["a", "a", "c"], ["i1", "i4", "unheard of"], items=model.items, users=["a", "c"])
     scores = model.score(asked.matrix)
-    popularity = dense(histories).sum(axis=0)
-    np.testing.assert_allclose(scores[1], popularity)
+    popularity = dense(histories).mean(axis=0)
+    np.testing.assert_allclose(scores[1], popularity, rtol=1e-6)
     if model.weights is None:
-        np.testing.assert_allclose(scores[0], popularity)
+        np.testing.assert_allclose(scores[0], popularity, rtol=1e-6)
     else:
         weights = model.weights if isinstance(model.weights, np.ndarray) else np.asarray(model.weights.todense())
         np.testing.assert_allclose(scores[0], weights[1] + weights[4], rtol=1e-5)
