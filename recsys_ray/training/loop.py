@@ -28,7 +28,6 @@ from recsys_ray.training.trackers import Trackers, TrackersConfig
 
 log = logging.getLogger(__name__)
 
-EVALUATIONS = 10    # of a run whose configuration does not say when
 Report = Callable[[int, float], None]       # (step, value of the objective) at each evaluation
 NoSync = Callable[[], AbstractContextManager[object]]
 
@@ -41,7 +40,8 @@ class LoopConfig(Config):
     max_cpu_seconds: float | None = Field(default=None, gt=0)       # of the first worker's process, in training steps
     accumulate: int = Field(default=1, ge=1)        # batches whose gradients make one step
     optim: OptimConfig = OptimConfig()
-    evaluate_every: int | None = Field(default=None, ge=1)          # steps; None: at each tenth of the run
+    evaluations: int = Field(default=10, ge=1)      # of the run, evenly spread
+    evaluate_every: int | None = Field(default=None, ge=1)          # steps, in the place of `evaluations`
     patience: int | None = Field(default=None, ge=1)                # evaluations without a better one; None: never stop
     checkpoint_every: int = Field(default=200, ge=1)                # steps
     seed: int = Field(default=7, ge=0, lt=1 << 31)
@@ -140,7 +140,8 @@ class Loop:
     def _is_due(self, before: float) -> bool:
         if self.config.evaluate_every is not None:
             return self.progress.step % self.config.evaluate_every == 0
-        return int(EVALUATIONS * self.share_done()) > int(EVALUATIONS * before)
+        count = self.config.evaluations
+        return int(count * self.share_done()) > int(count * before)
 
     def _finished(self) -> bool:
         return self.progress.stopped or self.share_done() >= 1.0
