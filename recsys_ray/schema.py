@@ -88,6 +88,29 @@ TRAINING_PAIR = _schema(                # products of one group are never each o
     required=("pair_id", "query", "query_type", "row_id", "product_id", "group_id", "text", "negative_row_ids",
               "negative_texts", "negative_group_ids", "split"),
 )
+RERANKER_PAIR = _schema(                # rows of one (query_id, query) follow one another: they are ranked together
+    ("query_id", pa.string()),          # the user, or the shop's query
+    ("query", pa.string()),             # the user's context, or the words
+    ("product_id", pa.string()), ("text", pa.string()),
+    ("label", pa.float32()),            # 1 and 0, or a judgment's gain
+    ("origin", pa.string()),            # positive | uniform | popularity_matched | mined | judged
+    ("split", pa.string()),             # train | valid | test
+    required=("query_id", "query", "product_id", "text", "label", "origin", "split"),
+)
+HISTORY = _schema(                      # what is known of users; held_out: their positives, which it must not give away
+    ("user_id", pa.string()), ("product_id", pa.string()), ("kind", pa.string()), ("rating", pa.float32()),
+    ("timestamp_ms", pa.int64()), ("held_out", pa.bool_()), ("split", pa.string()),
+    required=("user_id", "product_id", "kind", "held_out", "split"),
+)
+ITEM = _schema(                         # a catalogue as the reranker sees it
+    ("product_id", pa.string()), ("title", pa.string()), ("author", pa.string()), ("genres", TEXTS),
+    ("text", pa.string()), ("popularity", pa.int64()),  # liked by so many training users
+    ("eligible", pa.bool_()),           # may be a positive or a negative
+    required=("product_id", "title", "genres", "text", "popularity", "eligible"),
+)
+PRODUCT_WORDS = _schema(
+    ("product_id", pa.string()), ("text", pa.string()), required=("product_id", "text"),
+)
 INTERACTION = _schema(
     ("user_id", pa.string()), ("product_id", pa.string()), ("kind", pa.string()), ("rating", pa.float32()),
     ("timestamp_ms", pa.int64()), required=("user_id", "product_id", "kind"),

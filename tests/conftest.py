@@ -64,6 +64,28 @@ def tiny_text_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., P
     return write
 
 
+@pytest.fixture(scope="session")
+def tiny_pair_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_pair_model(body="bert" | "xlm-roberta", seed=...)`: the directory of a random cross-encoder of logits."""
+    def write(body: str = "bert", max_tokens: int = 48, seed: int = 0) -> Path:
+        import torch
+        from transformers import AutoModelForSequenceClassification
+
+        root = tmp_path_factory.mktemp("pair")
+        _write_tiny_body(root, body, max_tokens, seed)
+        model = AutoModelForSequenceClassification.from_pretrained(str(root), num_labels=1)
+        for name, parameter in model.named_parameters():
+            if "classifier" in name or "pooler" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(root)
+        config = json.loads((root / "config.json").read_text())
+        config["sentence_transformers"] = {"activation_fn": "torch.nn.modules.linear.Identity"}
+        (root / "config.json").write_text(json.dumps(config))
+        return root
+
+    return write
+
+
 def _write_tiny_body(root: Path, body: str, max_tokens: int, seed: int) -> None:
     import torch
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -87,9 +109,13 @@ def _write_tiny_body(root: Path, body: str, max_tokens: int, seed: int) -> None:
                                                  type_vocab_size=1, **sizes))
     tokenizer.normalizer = normalizers.Lowercase()
     first, last = names["cls_token"], names["sep_token"]
+    second = f"$B:1 {last}:1" if body == "bert" else f"{last} $B {last}"
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}", special_tokens=[(one, vocabulary.index(one)) for one in (first, last)])
+        single=f"{first} $A {last}", pair=f"{first} $A {last} {second}",
+        special_tokens=[(one, vocabulary.index(one)) for one in (first, last)])
     for parameter in model.parameters():  # wide enough that texts differ and a wrong position shows
         torch.nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(root)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_tokens, **names).save_pretrained(root)
+    inputs = ["input_ids", *(["token_type_ids"] if body == "bert" else []), "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=max_tokens, model_input_names=inputs,
+                            **names).save_pretrained(root)

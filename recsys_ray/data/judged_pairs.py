@@ -31,18 +31,14 @@ _JUDGED = pa.schema([JUDGMENT.field("query_id"), JUDGMENT.field("product_id"), p
 _ASKED = pa.schema([QUERY.field("query_id"), QUERY.field("query")])
 
 
-class JudgedQueries(Config):
-    """Which judged queries become pairs, and from which gain on a product is a positive."""
+class JudgmentFolds(Config):
+    """Tables of judged queries, and which of the queries are for training."""
 
     queries: str                                    # table of queries: query_id, query
     judgments: str                                  # table of judgments: query_id, product_id, gain or label
     query_columns: dict[str, str] = Field(default_factory=dict)     # our column -> theirs
     judgment_columns: dict[str, str] = Field(default_factory=dict)
     gain_of_label: dict[str, float] | None = None   # when the table has labels instead of gains
-    min_gain: float = 1.0                           # of a positive
-    negative_gain: float | None = None              # products judged at most this are negatives; None: none are
-    max_positives: int = Field(default=20, ge=1)    # of one query, the best and then by draw
-    max_negatives: int = Field(default=4, ge=1)     # of one pair
     query_ids: tuple[str, ...] | None = None        # these queries alone; None: all that are judged
     folds: int = Field(default=5, ge=2)
     train_folds: tuple[int, ...] | None = None      # None: all but valid_folds
@@ -56,8 +52,6 @@ class JudgedQueries(Config):
             raise ValueError(f"train_folds and valid_folds name folds from 0 to {self.folds - 1}; found {named}")
         if len(set(named)) < len(named):
             raise ValueError(f"train_folds and valid_folds share a fold: {named}")
-        if self.negative_gain is not None and self.negative_gain >= self.min_gain:
-            raise ValueError(f"negative_gain {self.negative_gain} is not below min_gain {self.min_gain}")
         return self
 
     def split_of(self, fold: int) -> str | None:
@@ -65,6 +59,31 @@ class JudgedQueries(Config):
         if fold in self.valid_folds:
             return "valid"
         return "train" if self.train_folds is None or fold in self.train_folds else None
+
+
+class JudgedQueries(JudgmentFolds):
+    """Which judged queries become pairs, and from which gain on a product is a positive."""
+
+    min_gain: float = 1.0                           # of a positive
+    negative_gain: float | None = None              # products judged at most this are negatives; None: none are
+    max_positives: int = Field(default=20, ge=1)    # of one query, the best and then by draw
+    max_negatives: int = Field(default=4, ge=1)     # of one pair
+
+    @model_validator(mode="after")
+    def _gains_in_order(self) -> Self:
+        if self.negative_gain is not None and self.negative_gain >= self.min_gain:
+            raise ValueError(f"negative_gain {self.negative_gain} is not below min_gain {self.min_gain}")
+        return self
+
+
+@dataclass(frozen=True)
+class GradedQuery:
+    """One query with the gain of each product that was judged for it."""
+
+    query_id: str
+    query: str
+    split: str
+    gains: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -86,7 +105,14 @@ def query_folds(query_ids: Iterable[str], folds: int, seed: int) -> dict[str, in
 
 
 def judged_queries(config: JudgedQueries) -> list[JudgedQuery]:
-    """The queries of the configured folds with their products, by query id.
+    """The queries of the configured folds with their positives and negatives, by query id; errors as below."""
+    found = [JudgedQuery(one.query_id, one.query, one.split, *_products(one.query_id, one.gains, config))
+             for one in graded_queries(config)]
+    return [one for one in found if one.positives]
+
+
+def graded_queries(config: JudgmentFolds) -> list[GradedQuery]:
+    """The queries of the configured folds with the gains of their products, by query id.
 
     Errors: `PairError` for a label without a gain, judgments of unknown queries, or `query_ids` without judgments.
     """
@@ -111,11 +137,11 @@ def judged_queries(config: JudgedQueries) -> list[JudgedQuery]:
     for query in sorted(wanted):
         split = config.split_of(folds[query])
         if split is not None:
-            chosen.append(JudgedQuery(query, clean_query(texts[query]), split, *_products(query, found[query], config)))
-    return [one for one in chosen if one.query and one.positives]
+            chosen.append(GradedQuery(query, clean_query(texts[query]), split, found[query]))
+    return [one for one in chosen if one.query]
 
 
-def _gains(judged: pa.Table, config: JudgedQueries) -> list[float]:
+def _gains(judged: pa.Table, config: JudgmentFolds) -> list[float]:
     if config.gain_of_label is None:
         if judged["gain"].null_count:
             raise PairError(f"{config.judgments}: {judged['gain'].null_count} judgments have no gain; map the column "
@@ -138,7 +164,7 @@ def _products(query: str, gains: dict[str, float], config: JudgedQueries) -> tup
     return tuple(positives[: config.max_positives]), tuple(negatives)
 
 
-def digest(queries: Sequence[JudgedQuery]) -> str:
+def digest(queries: Sequence[JudgedQuery | GradedQuery]) -> str:
     """32 hex digits of the queries and their products."""
     return hashlib.sha256(repr(queries).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 

@@ -41,9 +41,10 @@ class PackedBert:
             return place(weights[f"{module}.weight"]), place(weights[f"{module}.bias"])
 
         self._words = place(weights["embeddings.word_embeddings.weight"])
-        # every token has type 0, so its vector joins the positions once and for all
-        self._positions = place(weights["embeddings.position_embeddings.weight"]
-                                + weights["embeddings.token_type_embeddings.weight"][0])
+        # tokens have type 0, so its vector joins the positions once and for all; those of a second text add the rest
+        types = weights["embeddings.token_type_embeddings.weight"]
+        self._positions = place(weights["embeddings.position_embeddings.weight"] + types[0])
+        self._second = place(types[-1] - types[0])
         self._first_norm = pair("embeddings.LayerNorm")
         self._layers = []
         for number in range(body["num_hidden_layers"]):
@@ -57,32 +58,51 @@ class PackedBert:
                                  pair(f"{layer}.output.LayerNorm")))
 
     @torch.inference_mode()
-    def __call__(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.float32]:
-        """Pooled vectors, float32 (N, D), of N tokenised texts sorted by length."""
-        hidden_TD = self.hidden_states(token_ids)
-        pooled: npt.NDArray[np.float32] = self.pool(hidden_TD, token_ids).cpu().numpy()
+    def __call__(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None = None
+                 ) -> npt.NDArray[np.float32]:
+        """Pooled vectors, float32 (N, D), of N tokenised texts sorted by length.
+
+        `second`: of pairs of texts, the place where the second begins, for bodies that are told by a token type.
+        """
+        if self.pooling == "cls":
+            pooled_ND = self._checked(token_ids, second, first_only=True).float()
+        else:
+            pooled_ND = self.pool(self.hidden_states(token_ids, second), token_ids)
+        pooled: npt.NDArray[np.float32] = pooled_ND.cpu().numpy()
         return pooled
 
     @torch.inference_mode()
-    def hidden_states(self, token_ids: Sequence[npt.NDArray[np.int32]]) -> Tensor:
+    def hidden_states(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None = None) -> Tensor:
         """The last layer's state of every token, (T, D), of N tokenised texts sorted by length, end to end."""
+        return self._checked(token_ids, second, first_only=False)
+
+    def _checked(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None, first_only: bool
+                 ) -> Tensor:
         # The bare exponential takes half the time of a softmax on a CPU. Where scores leave its range
         # (about +-88, far outside what trained models give) the result is NaN and the batch runs again.
         bare = self.device.type == "cpu" and self._words.dtype != torch.float16
-        hidden_TD = self._run(token_ids, bare)
+        hidden_TD = self._run(token_ids, second, bare, first_only)
         if bare and not torch.isfinite(hidden_TD).all():
-            hidden_TD = self._run(token_ids, bare=False)
+            hidden_TD = self._run(token_ids, second, False, first_only)
         return hidden_TD
 
-    def _run(self, token_ids: Sequence[npt.NDArray[np.int32]], bare: bool) -> Tensor:
+    def _run(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None, bare: bool,
+             first_only: bool) -> Tensor:
+        """The last layer's states of all tokens, (T, D), or of each text's first, (N, D)."""
         groups = _groups(token_ids)
         ids = torch.from_numpy(np.concatenate(token_ids)).to(self.device, non_blocking=True)
         positions = torch.from_numpy(np.concatenate([np.arange(len(one), dtype=np.int32) for one in token_ids]))
         hidden_TD = F.embedding(ids, self._words)
         hidden_TD = hidden_TD + F.embedding(positions.to(self.device) + self._first_position, self._positions)
+        if second is not None:
+            typed = token_types(token_ids, second).to(self.device).unsqueeze(1)
+            hidden_TD = torch.where(typed > 0, hidden_TD + self._second, hidden_TD)
         hidden_TD = self._norm(hidden_TD, self._first_norm)
-        for qkv, out, attention_norm, up, down, output_norm in self._layers:
-            mixed_TD = _attend(F.linear(hidden_TD, *qkv), groups, self.heads, bare)
+        for number, (qkv, out, attention_norm, up, down, output_norm) in enumerate(self._layers, 1):
+            if first_only and number == len(self._layers):  # what follows works on one row a text
+                hidden_TD, mixed_TD = _attend_first(hidden_TD, qkv, groups, self.heads)
+            else:
+                mixed_TD = _attend(F.linear(hidden_TD, *qkv), groups, self.heads, bare)
             hidden_TD = self._norm(F.linear(mixed_TD, *out).add_(hidden_TD), attention_norm)
             inner = F.gelu(F.linear(hidden_TD, *up))
             hidden_TD = self._norm(F.linear(inner, *down).add_(hidden_TD), output_norm)
@@ -100,6 +120,12 @@ class PackedBert:
 
     def _norm(self, hidden_TD: Tensor, weight_bias: tuple[Tensor, Tensor]) -> Tensor:
         return F.layer_norm(hidden_TD, (self.dimension,), *weight_bias, self._epsilon)
+
+
+def token_types(token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int]) -> Tensor:
+    """0 for the tokens of each first text, 1 from the place where its second begins, texts end to end, (T,)."""
+    return torch.from_numpy(np.concatenate([(np.arange(len(one)) >= place).astype(np.int32)
+                                            for one, place in zip(token_ids, second, strict=True)]))
 
 
 def _groups(token_ids: Sequence[npt.NDArray[np.int32]]) -> list[tuple[int, int]]:
@@ -131,3 +157,21 @@ def _attend(qkv_T3D: Tensor, groups: Sequence[tuple[int, int]], heads: int, bare
         mixed_TD[start:end].view(texts, length, heads, size).copy_(block_NHLd.transpose(1, 2))
         start = end
     return mixed_TD
+
+
+def _attend_first(hidden_TD: Tensor, qkv: tuple[Tensor, Tensor], groups: Sequence[tuple[int, int]], heads: int
+                  ) -> tuple[Tensor, Tensor]:
+    """(the states of each text's first token, what it attends to), (N, D) each: one query a text."""
+    width = hidden_TD.shape[1]
+    size, (weight, bias) = width // heads, qkv
+    lengths = torch.tensor([length for texts, length in groups for _ in range(texts)], device=hidden_TD.device)
+    first_ND = hidden_TD[lengths.cumsum(0) - lengths]
+    query_ND = F.linear(first_ND, weight[:width], bias[:width])
+    both_T2D = F.linear(hidden_TD, weight[width:], bias[width:])
+    mixed, start, text = [], 0, 0
+    for texts, length in groups:
+        key, value = both_T2D[start:start + texts * length].view(texts, length, 2, heads, size).permute(2, 0, 3, 1, 4)
+        query = query_ND[text:text + texts].view(texts, heads, 1, size) * size**-0.5
+        mixed.append((torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value).reshape(texts, width))
+        start, text = start + texts * length, text + texts
+    return first_ND, torch.cat(mixed)

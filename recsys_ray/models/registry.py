@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from recsys_ray.models.text_encoder import TextEncoder, TextEncoderConfig
+
+if TYPE_CHECKING:
+    from recsys_ray.models.cross_encoder import CrossEncoder, CrossEncoderConfig
 
 
 def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
@@ -15,3 +20,10 @@ def build_text_encoder(config: TextEncoderConfig) -> TextEncoder:
 
         return BgeM3Encoder(config)
     return TextEncoder(config)
+
+
+def build_cross_encoder(config: CrossEncoderConfig) -> CrossEncoder:
+    """The cross-encoder of `config`, its weights in memory; raises `EncoderError` when it cannot be loaded."""
+    from recsys_ray.models.cross_encoder import CrossEncoder
+
+    return CrossEncoder(config)

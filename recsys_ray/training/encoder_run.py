@@ -6,19 +6,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from recsys_ray.artifacts import Artifact, Manifest, Staging, write_text
+from recsys_ray.artifacts import Artifact, FileEntry, Manifest, Staging, write_text
 from recsys_ray.models.sentence_layout import ENCODER_FOLDER as FOLDER
 from recsys_ray.models.text_encoder import device_of, encoder_identity
-from recsys_ray.training.bge import BgeTask, FinetuneBgeConfig, build_task
+from recsys_ray.training.bge import BgeTask, FinetuneBgeConfig, WorkersConfig, build_task
 from recsys_ray.training.distributed import rank, world_size
-from recsys_ray.training.loop import Loop, Progress, Report, RunFiles, best_weights
+from recsys_ray.training.loop import Loop, LoopConfig, Progress, Report, RunFiles, best_weights
 from recsys_ray.training.model_card import model_card
 from recsys_ray.training.pair_shards import open_pair_shards
 from recsys_ray.training.trackers import read_curve
@@ -32,17 +32,22 @@ RESULT = "result.json"
 def train_worker(config: FinetuneBgeConfig, staging: str, shards_version: str, key: str,
                  report: Report | None = None) -> None:
     """Train, or go on with a run that was stopped; the first worker writes the encoder's folder into `staging`."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if config.workers.threads is not None or world_size() > 1:
-        torch.set_num_threads(config.workers.threads or max(1, (os.cpu_count() or 1) // world_size()))
+    use_threads(config.workers)
     directory = Path(staging)
     train, valid = (open_pair_shards(config.shards_root, split, shards_version) for split in ("train", "valid"))
     task = build_task(config, train, valid, "cuda" if config.workers.gpus else device_of(config.encoder))  # type: ignore[arg-type]
     files = RunFiles(directory / "run")
-    loop = Loop(task.task(), config, files, key, _parameters(config), report)
+    loop = Loop(task.task(), config, files, key, parameters_of(config), report)
     progress = loop.run()
     if rank() == 0:
         _write_encoder(config, task, files, directory, progress)
+
+
+def use_threads(workers: WorkersConfig) -> None:
+    """Give torch in this process as many threads as the configuration says, or its share of the cores."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if workers.threads is not None or world_size() > 1:
+        torch.set_num_threads(workers.threads or max(1, (os.cpu_count() or 1) // world_size()))
 
 
 def _write_encoder(config: FinetuneBgeConfig, task: BgeTask, files: RunFiles, directory: Path,
@@ -56,24 +61,36 @@ def _write_encoder(config: FinetuneBgeConfig, task: BgeTask, files: RunFiles, di
     prompts = {"query": config.encoder.query_prompt, "document": config.encoder.document_prompt}
     own = {"query": task.model.layout.query_prompt, "document": task.model.layout.document_prompt}
     said = {name: own[name] if text is None else text for name, text in prompts.items()}
-    partial = directory / f".{FOLDER}-{os.getpid()}"
+    write_model(directory, FOLDER, files, values, lambda folder: task.model.save(
+        folder, model_card(config, values, curve), said if said != own else None))
+
+
+def write_model(directory: Path, folder: str, files: RunFiles, values: Mapping[str, Any],
+                save: Callable[[Path], None]) -> None:
+    """Write a finished run into the staging `directory`: the model's folder, whole or not at all, curve and values."""
+    partial = directory / f".{folder}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    task.model.save(partial, model_card(config, values, curve), said if said != own else None)
-    shutil.rmtree(directory / FOLDER, ignore_errors=True)
-    os.replace(partial, directory / FOLDER)
+    save(partial)
+    shutil.rmtree(directory / folder, ignore_errors=True)
+    os.replace(partial, directory / folder)
     shutil.copyfile(files.curve, directory / CURVE)
     write_text(directory / RESULT, json.dumps(values))
+
+
+def model_files(staging: Staging, folder: str) -> list[FileEntry]:
+    """The manifest entries of what `write_model` wrote."""
+    found = sorted(path.relative_to(staging.path).as_posix() for path in (staging.path / folder).rglob("*")
+                   if path.is_file())
+    return [staging.entry(name) for name in (*found, CURVE)]
 
 
 def publish(config: FinetuneBgeConfig, staging: Staging, parents: Mapping[str, Manifest]) -> Artifact:
     """Commit what the first worker wrote as a version of the `encoder` artefact."""
     values: dict[str, Any] = json.loads((staging.path / RESULT).read_bytes())
-    folder = staging.path / FOLDER
-    names = sorted(path.relative_to(staging.path).as_posix() for path in folder.rglob("*") if path.is_file())
     steps, shares = values["step"], values["sums"]
     facts = {
-        "encoder": encoder_identity(config.encoder.replace(model=str(folder))),
+        "encoder": encoder_identity(config.encoder.replace(model=str(staging.path / FOLDER))),
         "base": values["base"], "base_model": config.encoder.model, "steps": steps,
         "best_step": values["best_step"] if values["best_value"] is not None else steps,
         "best_value": values["best_value"], "base_value": values["base_value"],
@@ -85,17 +102,21 @@ def publish(config: FinetuneBgeConfig, staging: Staging, parents: Mapping[str, M
         "pairs": {"train": values["train_pairs"], "valid": values["valid_pairs"]},
         "copied_token_gap": parents["pairs"].facts.get("copied_token_gap"),
     }
-    log.info("%d steps, best %s %s at step %d, %s at the start", steps, config.validation.objective,
+    log_outcome(facts)
+    return staging.commit(model_files(staging, FOLDER), config=config, parents=parents, facts=facts)
+
+
+def log_outcome(facts: Mapping[str, Any]) -> None:
+    """Say in one line how far a run came."""
+    log.info("%d steps, best %s %s at step %d, %s at the start", facts["steps"], facts["objective"],
              _figure(facts["best_value"]), facts["best_step"], _figure(facts["base_value"]))
-    files = [staging.entry(name) for name in names] + [staging.entry(CURVE)]
-    return staging.commit(files, config=config, parents=parents, facts=facts)
 
 
 def _figure(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
 
 
-def _parameters(config: FinetuneBgeConfig) -> dict[str, Any]:
+def parameters_of(config: LoopConfig) -> dict[str, Any]:
     """The run's settings by dotted key, for trackers that list runs."""
     found: dict[str, Any] = {}
 

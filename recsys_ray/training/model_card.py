@@ -1,14 +1,17 @@
-"""The README.md of a fine-tuned encoder, written from its run."""
+"""The README.md of a fine-tuned model, written from its run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recsys_ray.artifacts import git_sha
 from recsys_ray.models.sentence_layout import MINILM
 from recsys_ray.training.bge import FinetuneBgeConfig
+
+if TYPE_CHECKING:
+    from recsys_ray.training.cross_encoder import FinetuneCrossEncoderConfig
 
 MOST_ROWS = 12
 
@@ -62,7 +65,60 @@ def model_card(config: FinetuneBgeConfig, values: Mapping[str, Any], curve: Sequ
         early=", stopped early" if values["stopped"] else "", sha=git_sha(), settings=_settings(config),
         first_loss=_mean(losses[:tenth]), last_loss=_mean(losses[-tenth:]), false_negatives=f"{share:.2%}",
         masked="; they were left out of the loss" if config.contrastive.mask_same_product else "",
-        validation=_validation(config, values, curve))
+        validation=_validation("Queries of the validation split against a small catalogue",
+                               config.validation.objective, values, curve))
+
+
+RERANKER_CARD = """---
+library_name: sentence-transformers
+pipeline_tag: text-ranking
+tags: [sentence-transformers, cross-encoder, reranker]
+base_model: {base}
+---
+
+# A reranker, fine-tuned from {base}
+
+Reads a query (or what is known of a user) together with the text of a candidate and gives a score; only the order of
+the scores of one query means something.
+
+```python
+from sentence_transformers import CrossEncoder
+
+model = CrossEncoder("path/to/this/folder")
+print(model.rank("Likes: Emma by Jane Austen.", ["Persuasion by Jane Austen.", "Dune by Frank Herbert."]))
+```
+
+## Training
+
+{train_pairs} pairs in {train_groups} lists, {steps} steps of {batch} lists{early}; {tokens} tokens; code version {sha}.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+The loss was {first_loss} over the first tenth of the steps and {last_loss} over the last.
+
+## Validation
+
+{validation}
+"""
+
+
+def reranker_card(config: FinetuneCrossEncoderConfig, values: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]
+                  ) -> str:
+    """The card of a cross-encoder's run: `values` are its progress and counts, `curve` its lines."""
+    losses = [line["loss"] for line in curve if line.get("loss") is not None]
+    tenth, optim = max(1, len(losses) // 10), config.optim
+    settings = {
+        "loss": config.loss, "learning rate": f"{optim.learning_rate:g}, {optim.schedule}, {optim.warmup:.0%} warm-up",
+        "weight decay": optim.weight_decay, "longest pair": f"{config.max_tokens} tokens", "seed": config.seed}
+    return RERANKER_CARD.format(
+        base=_base(config.model), train_pairs=f"{values['train_pairs']:,}", train_groups=f"{values['train_groups']:,}",
+        steps=f"{values['step']:,}", batch=config.sampler.batch_groups * config.accumulate,
+        early=", stopped early" if values["stopped"] else "", tokens=f"{values['sums'].get('tokens', 0):,.0f}",
+        sha=git_sha(), settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
+        first_loss=_mean(losses[:tenth]), last_loss=_mean(losses[-tenth:]),
+        validation=_validation("Lists of the validation split", config.validation.objective, values, curve))
 
 
 def _base(model: str) -> str:
@@ -86,17 +142,16 @@ def _settings(config: FinetuneBgeConfig) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())
 
 
-def _validation(config: FinetuneBgeConfig, values: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> str:
-    rows = [line for line in curve if config.validation.objective in line]
+def _validation(what: str, objective: str, values: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> str:
+    rows = [line for line in curve if objective in line]
     if not rows:
         return "There were no validation pairs; these are the last weights."
     names = [name for name in rows[0] if name != "step"]
     shown = rows if len(rows) <= MOST_ROWS else [rows[0], *rows[-(MOST_ROWS - 1):]]
     table = [f"| step | {' | '.join(names)} |", f"| --- |{' --- |' * len(names)}"]
     table += [f"| {line['step']} | {' | '.join(f'{line[name]:.4f}' for name in names)} |" for line in shown]
-    return (f"Queries of the validation split against a small catalogue; these are the weights of step "
-            f"{values['best_step']}, the best by {config.validation.objective}. Step 0 is the base model.\n\n"
-            + "\n".join(table))
+    return (f"{what}; these are the weights of step {values['best_step']}, the best by {objective}. "
+            "Step 0 is the base model.\n\n" + "\n".join(table))
 
 
 def _mean(values: Sequence[float]) -> str:

@@ -19,6 +19,7 @@ from recsys_ray.data.sources import (
     ClothingSource,
     EsciSource,
     GoodbooksSource,
+    GoodreadsSource,
     IcecatSource,
     SourceConfig,
     SourceError,
@@ -372,3 +373,43 @@ def test_clothing(real_data: RealData) -> None:
     assert sum(counts.values()) == 5_163
     assert (counts["T-Shirt"], counts["Blouse"], len(counts)) == (1_011, 23, 18)
     assert len(senders) == 346
+
+
+# --- Goodreads ------------------------------------------------------------------------------------
+def goodreads(root: Path) -> SourceConfig:
+    """The book source's own four files, with lists of structs in one place and plain lists in the other."""
+    books = [{"book_id": "7", "title": "Emma", "description": "d", "authors": [{"author_id": "1", "role": ""},
+              {"author_id": "404", "role": ""}], "popular_shelves": [{"name": "classics", "count": "3"}]},
+             {"book_id": "8", "title": "Dune", "description": None, "authors": [], "popular_shelves": []}]
+    pq.write_table(pa.Table.from_pylist(books), root / "reduced_books.parquet")
+    pq.write_table(pa.table({"author_id": [1, 2], "name": ["Jane Austen", "B"]}), root / "new_authors.parquet")
+    pq.write_table(pa.table({"book_id": ["7"], "text": ["all of it"]}), root / "book_texts_reduced.parquet")
+    pq.write_table(pa.table({
+        "user_id": ["u", "u"], "book_id": ["7", "8"], "rating": [5, 0],
+        "date_added": ["Tue Oct 17 09:40:11 -0700 2017", "yesterday"]}), root / "reduced_interactions.parquet")
+    return GoodreadsSource(path=str(root))
+
+
+def test_goodreads_files_under_our_names(tmp_path: Path) -> None:
+    source = goodreads(tmp_path)
+    books = read(source, "products").to_pylist()
+    assert [(row["product_id"], row["brand"], row["description"]) for row in books] == [
+        ("7", "Jane Austen", "d"), ("8", None, None)]
+    assert [(row["product_id"], row["tag"], row["count"]) for row in read(source, "tags").to_pylist()] == [
+        ("7", "classics", 3)]
+    met = read(source, "interactions").to_pylist()
+    assert [(row["kind"], row["rating"], row["timestamp_ms"]) for row in met] == [
+        ("rating", 5.0, 1508258411000), ("to_read", None, None)]
+    assert [row["text"] for row in read(source, "texts").to_pylist()] == ["all of it"]
+
+
+def test_goodreads_files_with_plain_lists(tmp_path: Path) -> None:
+    source = goodreads(tmp_path)
+    pq.write_table(pa.table({"book_id": [7], "title": ["Emma"], "authors": [[1, 2]],
+                             "popular_shelves": [["classics", "war"]]}), tmp_path / "reduced_books.parquet")
+    assert read(source, "products").to_pylist()[0]["brand"] == "Jane Austen, B"
+    assert [(row["tag"], row["count"]) for row in read(source, "tags").to_pylist()] == [
+        ("classics", None), ("war", None)]
+    (tmp_path / "new_authors.parquet").unlink()
+    with pytest.raises(SourceError, match="new_authors"):
+        recipes(source, "products")

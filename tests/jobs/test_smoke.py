@@ -61,6 +61,10 @@ def flow(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         status["make_pairs"] = run_job("make_pairs", "max_train_reviews=150")
         status["mine_negatives"] = run_job("mine_negatives")
         status["finetune_bge"] = run_job("finetune_bge", "workers.count=0", "max_steps=3", "evaluate_every=3", *SHORT)
+        status["make_reranker_pairs"] = run_job("make_reranker_pairs")
+        status["finetune_cross_encoder"] = run_job("finetune_cross_encoder", "workers.count=0", "max_steps=2",
+                                                   "evaluate_every=2", "max_tokens=24", "sampler.batch_groups=4",
+                                                   "validation.queries=4")
         for queries, config in QUERY_SETS.items():
             for system in SYSTEMS:
                 status[f"retrieve_candidates {system}-{queries}"] = run_job(
@@ -126,6 +130,21 @@ def test_finetune_bge() -> None:
     encoder = manifest("encoder", "encoder")
     assert encoder.facts["steps"] == 3
     assert encoder.parents["pairs"] == manifest("pairs", "pairs").reference
+
+
+def test_make_reranker_pairs() -> None:
+    pairs = manifest("reranker-pairs", "reranker_pairs")
+    counts = pairs.facts["counts"]
+    assert counts["train users"] > 50
+    assert pairs.rows("pairs/train/") == 4 * counts["train rows, positive"]     # two matched and one uniform negative
+    assert pairs.facts["leaks"] == {"candidates named in their own context": 0, "users in more than one split": 0}
+    assert counts["items"] >= 450
+
+
+def test_finetune_cross_encoder() -> None:
+    model = manifest("cross-encoder", "cross_encoder")
+    assert model.facts["steps"] == 2
+    assert model.parents["pairs"] == manifest("reranker-pairs", "reranker_pairs").reference
 
 
 def test_accept_encoder() -> None:

@@ -12,12 +12,13 @@ from recsys_ray.data.sources.config import (
     ClothingSource,
     EsciSource,
     GoodbooksSource,
+    GoodreadsSource,
     IcecatSource,
     SourceConfig,
     SourceError,
     TableSource,
 )
-from recsys_ray.data.sources.plan import file_states
+from recsys_ray.data.sources.plan import file_states, tables_of
 from recsys_ray.data.sources.tables import load_table
 
 if TYPE_CHECKING:
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
         read_queries,
         read_reviews,
         read_tags,
+        read_texts,
     )
 
 __all__ = [
-    "AmazonReviewsSource", "ClothingSource", "EsciSource", "GoodbooksSource", "IcecatSource", "SourceConfig",
-    "SourceError", "TableSource", "file_states", "load_table", "read_events", "read_images", "read_interactions",
-    "read_judgments", "read_products", "read_queries", "read_reviews", "read_tags",
+    "AmazonReviewsSource", "ClothingSource", "EsciSource", "GoodbooksSource", "GoodreadsSource", "IcecatSource",
+    "SourceConfig", "SourceError", "TableSource", "file_states", "load_table", "read_events", "read_images",
+    "read_interactions", "read_judgments", "read_products", "read_queries", "read_reviews", "read_tags", "read_texts",
+    "tables_of",
 ]
 
 

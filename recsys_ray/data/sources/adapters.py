@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -26,6 +27,7 @@ ICECAT_PRODUCT = ("product_id", "name", "title", "short_description", "supplier"
 BOOK = ("book_id", "title", "authors", "original_publication_year", "original_title", "language_code", "isbn13",
         "image_url")
 PHOTOGRAPH = ("image_id", "sender_id", "label", "width", "height", "jpeg")
+ROW = "_row"    # of an adapter that makes several rows out of one: which one, counted in its table
 _ICECAT_PREFIX = re.compile(r"^[tnb]_")             # text, number, boolean
 _ICECAT_UNIT = re.compile(r"__[a-z_]+_$")           # operating_temperature__t_t_
 
@@ -192,6 +194,57 @@ def book_tags(table: pa.Table, books_table: pa.Table, tags_table: pa.Table) -> p
     tag_at = pc.index_in(table["tag_id"], value_set=tags_table["tag_id"])
     return _table({"product_id": books_table["book_id"].take(book_at), "tag": tags_table["tag_name"].take(tag_at),
                      "count": table["count"]})
+
+
+# --- Goodreads ------------------------------------------------------------------------------------
+def goodreads_books(table: pa.Table, authors: pa.Table) -> pa.Table:
+    """RAW_PRODUCT columns of `reduced_books`; the authors' names, joined by commas, are the brand."""
+    names = dict(zip(authors["author_id"].cast(pa.string()).to_pylist(), authors["name"].to_pylist(), strict=True))
+    written = [", ".join(filter(None, (names.get(str(_field(one, "author_id"))) for one in ids or ()))) or None
+               for ids in table["authors"].to_pylist()]
+    columns = {
+        "product_id": table["book_id"], "title": table["title"], "brand": pa.array(written, pa.string()),
+        "categories": pa.array([["Books"]] * table.num_rows, pa.list_(pa.string()))}
+    return _table(columns | ({"description": table["description"]} if "description" in table.column_names else {}))
+
+
+def goodreads_shelves(table: pa.Table) -> pa.Table:
+    """TAG columns of the `popular_shelves` of `reduced_books`: a row a shelf, and the ROW it stood in."""
+    found = [(row, book, _field(shelf, "name"), shelf.get("count") if isinstance(shelf, Mapping) else None)
+             for row, (book, shelves) in enumerate(zip(table["book_id"].to_pylist(),
+                                                       table["popular_shelves"].to_pylist(), strict=True))
+             for shelf in shelves or ()]
+    rows, books, tags, counts = zip(*found, strict=True) if found else ((), (), (), ())
+    return _table({ROW: pa.array(rows, pa.int64()), "product_id": pa.array(books, table["book_id"].type),
+                   "tag": pa.array(tags, pa.string()),
+                   "count": pa.array([one and int(one) for one in counts], pa.int64())})
+
+
+def goodreads_interactions(table: pa.Table) -> pa.Table:
+    """INTERACTION columns of `reduced_interactions`: kind `rating`, or `to_read` where nothing was rated."""
+    rated = pc.greater(pc.fill_null(table["rating"], 0), 0)
+    columns = {"user_id": table["user_id"], "product_id": table["book_id"],
+               "kind": pc.if_else(rated, "rating", "to_read"), "rating": pc.if_else(rated, table["rating"], None)}
+    if "date_added" in table.column_names:
+        columns["timestamp_ms"] = pa.array([_written_time(one) for one in table["date_added"].to_pylist()], pa.int64())
+    return _table(columns)
+
+
+def goodreads_texts(table: pa.Table) -> pa.Table:
+    """PRODUCT_WORDS columns of `book_texts_reduced`."""
+    return _table({"product_id": table["book_id"], "text": table["text"]})
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else value
+
+
+def _written_time(value: str | None) -> int | None:
+    """Milliseconds of a time as Goodreads writes it, `Tue Oct 17 09:40:11 -0700 2017`; None for anything else."""
+    try:
+        return round(datetime.strptime(value or "", "%a %b %d %H:%M:%S %z %Y").timestamp() * 1000)
+    except (TypeError, ValueError):
+        return None
 
 
 # --- clothing -------------------------------------------------------------------------------------

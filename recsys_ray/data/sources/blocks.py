@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recsys_ray.data.sources.adapters import RecordAdapter, TableAdapter
+from recsys_ray.data.sources.adapters import ROW, RecordAdapter, TableAdapter
 from recsys_ray.data.sources.config import SourceError
 from recsys_ray.data.sources.files import SPLIT_BYTES, DataFile, byte_ranges
 from recsys_ray.data.sources.lines import Record, read_csv, read_jsonl
@@ -179,7 +179,12 @@ def _parquet_blocks(piece: Piece, recipe: Recipe) -> Iterator[pa.Table]:
             places = [f"{piece.file.path}:{row + offset + 1}" for offset in range(batch.num_rows)]
             row += batch.num_rows
             raw, unreadable = readable(pa.Table.from_batches([batch]))
-            yield table_block(adapt(raw), places, recipe, unreadable)
+            rows = adapt(raw)
+            if ROW in rows.column_names:    # one row became several, or none
+                at = rows[ROW].to_pylist()
+                places = [places[one] for one in at]
+                unreadable = {number: unreadable[one] for number, one in enumerate(at) if one in unreadable}
+            yield table_block(rows, places, recipe, unreadable)
 
 
 def table_block(raw: pa.Table, places: list[str], recipe: Recipe, unreadable: Mapping[int, str]) -> pa.Table:

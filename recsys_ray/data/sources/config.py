@@ -19,7 +19,7 @@ from recsys_ray.config import Config
 TABLES: dict[str, pa.Schema] = {
     "products": schema.RAW_PRODUCT, "reviews": schema.RAW_REVIEW, "queries": schema.QUERY,
     "judgments": schema.JUDGMENT, "interactions": schema.INTERACTION, "images": schema.IMAGE, "tags": schema.TAG,
-    "events": schema.EVENT,
+    "events": schema.EVENT, "texts": schema.PRODUCT_WORDS,
 }
 
 
@@ -78,6 +78,21 @@ class GoodbooksSource(_Source):
     """
 
     format: Literal["goodbooks"] = "goodbooks"
+    path: str
+
+
+class GoodreadsSource(_Source):
+    """A folder with `reduced_books`, `reduced_interactions`, `new_authors` and `book_texts_reduced` Parquet files.
+
+    The columns are those of the UCSD Book Graph: shelves and authors may be lists of names and ids or of
+    {name, count} and {author_id, role}; a rating of 0 means that a book was shelved and not rated.
+
+        format: goodreads
+        path: s3://books/reranker
+        endpoint_url: https://<account>.r2.cloudflarestorage.com
+    """
+
+    format: Literal["goodreads"] = "goodreads"
     path: str
 
 
@@ -154,7 +169,7 @@ class TableSource(_Source):
 
 
 SourceConfig = Annotated[
-    AmazonReviewsSource | EsciSource | IcecatSource | GoodbooksSource | ClothingSource | TableSource,
+    AmazonReviewsSource | EsciSource | IcecatSource | GoodbooksSource | GoodreadsSource | ClothingSource | TableSource,
     Field(discriminator="format"),
 ]
 

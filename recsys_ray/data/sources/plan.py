@@ -17,6 +17,7 @@ from recsys_ray.data.sources.config import (
     ClothingSource,
     EsciSource,
     GoodbooksSource,
+    GoodreadsSource,
     IcecatSource,
     SourceConfig,
     SourceError,
@@ -62,6 +63,8 @@ def tables_of(source: SourceConfig) -> tuple[str, ...]:
         return tuple(name for name in source.table_names() if getattr(source, name))
     if isinstance(source, GoodbooksSource):
         return ("products", "interactions", "tags")
+    if isinstance(source, GoodreadsSource):
+        return ("products", "interactions", "tags", "texts")
     return ("images",) if isinstance(source, ClothingSource) else ("products", "queries", "judgments")
 
 
@@ -97,7 +100,8 @@ def _is_meta(file: DataFile) -> bool:
 
 
 # --- the families that are folders of Parquet files -----------------------------------------------
-def _folder(source: EsciSource | IcecatSource | GoodbooksSource | ClothingSource, table: str) -> list[Recipe]:
+def _folder(source: EsciSource | IcecatSource | GoodbooksSource | GoodreadsSource | ClothingSource, table: str
+            ) -> list[Recipe]:
     parts: dict[str, tuple[str, tuple[str, ...], adapters.TableAdapter]] = {
         "queries": ("queries.parquet", ("query_id", "query"), adapters.queries),
     }
@@ -111,6 +115,8 @@ def _folder(source: EsciSource | IcecatSource | GoodbooksSource | ClothingSource
         parts["judgments"] = ("ratings.parquet", ("query_id", "product_id", "rating"), adapters.icecat_judgments)
     elif isinstance(source, GoodbooksSource):
         return _goodbooks(source, table)
+    elif isinstance(source, GoodreadsSource):
+        return _goodreads(source, table)
     else:
         parts["images"] = ("images.parquet", adapters.PHOTOGRAPH, adapters.clothing_images)
     name, columns, adapt = parts[table]
@@ -131,6 +137,30 @@ def _goodbooks(source: GoodbooksSource, table: str) -> list[Recipe]:
     adapt = partial(_joined_tags, books=books, tags=tags)
     columns = ("goodreads_book_id", "tag_id", "count")
     return [_parquet_recipe(root, "book_tags.parquet", endpoint, table, columns, adapt)]
+
+
+def _goodreads(source: GoodreadsSource, table: str) -> list[Recipe]:
+    names = {"products": "reduced_books", "tags": "reduced_books", "interactions": "reduced_interactions",
+             "texts": "book_texts_reduced"}
+    needed = {"products": ("book_id", "title", "authors"), "tags": ("book_id", "popular_shelves"),
+              "interactions": ("user_id", "book_id", "rating"), "texts": ("book_id", "text")}
+    welcome = {"products": "description", "interactions": "date_added"}     # read where the file has it
+    root, endpoint = source.path.rstrip("/"), source.endpoint_url
+    name, columns = f"{names[table]}.parquet", needed[table]
+    if welcome.get(table) in _parquet_names(find_files(f"{root}/{name}", endpoint, kinds=("parquet",))[0]):
+        columns = (*columns, welcome[table])
+    adapt: dict[str, adapters.TableAdapter] = {
+        "tags": adapters.goodreads_shelves, "texts": adapters.goodreads_texts,
+        "interactions": adapters.goodreads_interactions}
+    if table == "products":
+        authors = find_files(f"{root}/new_authors.parquet", endpoint, kinds=("parquet",))[0]
+        _require(authors, ("author_id", "name"), _parquet_names(authors))
+        adapt["products"] = partial(_with_authors, authors=authors)
+    return [_parquet_recipe(root, name, endpoint, table, columns, adapt[table])]
+
+
+def _with_authors(table: pa.Table, authors: DataFile) -> pa.Table:
+    return adapters.goodreads_books(table, _side_table(authors, ("author_id", "name")))
 
 
 def _joined_tags(table: pa.Table, books: DataFile, tags: DataFile) -> pa.Table:

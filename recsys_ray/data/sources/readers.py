@@ -61,6 +61,11 @@ def read_tags(source: SourceConfig, *, split_bytes: int = SPLIT_BYTES) -> Datase
     return _read(source, "tags", split_bytes)
 
 
+def read_texts(source: SourceConfig, *, split_bytes: int = SPLIT_BYTES) -> Dataset:
+    """PRODUCT_WORDS rows: texts of products that the source wrote itself."""
+    return _read(source, "texts", split_bytes)
+
+
 def read_events(source: SourceConfig, *, split_bytes: int = SPLIT_BYTES) -> Dataset:
     """EVENT rows with the right types; `recsys_ray.data.events.clean_events` checks what they say."""
     return _read(source, "events", split_bytes)
