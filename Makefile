@@ -8,7 +8,7 @@ JOB = $(RUN) jobs/$(1).py --config configs/$(1)/$(2).yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve shop report test test-unit test-ray lint types bench-embed bench-index bench-scale bench-train \
-        bench-real exactness chaos realism results cluster-up cluster-down clean
+        bench-real bench-finetuned bench-transfer exactness chaos realism results cluster-up cluster-down clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -62,6 +62,14 @@ bench-scale: $(VENV)/.dev  ## time and memory of preparation at 10k, 100k and 70
 bench-real: $(VENV)/.dev  ## ESCI and Icecat, human labels
 	$(RUN) benchmarks/real_labels.py --config configs/bench_real_labels/esci.yaml
 	$(RUN) benchmarks/real_labels.py --config configs/bench_real_labels/icecat.yaml
+
+bench-finetuned: $(VENV)/.dev  ## does fine-tuning help on ESCI and Icecat? nested cross-validation
+	$(RUN) benchmarks/finetuned_labels.py --config configs/bench_finetuned_labels/esci.yaml
+	$(RUN) benchmarks/finetuned_labels.py --config configs/bench_finetuned_labels/icecat.yaml
+
+bench-transfer: $(VENV)/.dev  ## which levers keep their sign on real data; needs bench-finetuned and the ablation
+	$(RUN) benchmarks/finetuned_labels.py --config configs/bench_finetuned_labels/goodbooks.yaml
+	$(RUN) benchmarks/transfer.py --config configs/bench_transfer/full.yaml
 
 exactness: $(VENV)/.dev  ## the training step in every form against one plain full batch
 	$(RUN) benchmarks/exactness.py --config configs/bench_exactness/full.yaml

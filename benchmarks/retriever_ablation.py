@@ -10,12 +10,8 @@ read once a cell, after training.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +20,7 @@ from pydantic import Field
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from ablation_table import summary
+from cells import is_current, make_missing, merged, read_cell, write_cell
 from retriever_ranks import (
     Asked,
     Catalogue,
@@ -34,16 +31,18 @@ from retriever_ranks import (
     read_catalogue,
     read_queries,
 )
+from signal_ranks import SignalsConfig, signal_ranks
 
-from recsys_ray.artifacts import git_sha, open_artifact, write_text
+from recsys_ray.artifacts import open_artifact
 from recsys_ray.config import Config, fingerprint, main
 from recsys_ray.data.demo_shop import DemoShopConfig, make_demo_shop
 from recsys_ray.data.demo_shop.identity import GENERATOR_VERSION, generator_hash
 from recsys_ray.data.negatives import NegativesConfig
 from recsys_ray.data.pairs import PairsConfig
 from recsys_ray.data.training_pairs import MakePairsConfig, make_pairs
-from recsys_ray.evaluation.results import machine, versions, write_result
+from recsys_ray.evaluation.results import write_result
 from recsys_ray.flow import FlowConfig, ensure_index
+from recsys_ray.models.bge_m3 import BgeM3Encoder
 from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.text_encoder import TextEncoderConfig
 from recsys_ray.retrieval.fusion import FusionConfig
@@ -62,6 +61,7 @@ class Row(Config):
     pairs: PairsConfig = PairsConfig()
     negatives: NegativesConfig | None = None                    # mined with the base model
     finetune: dict[str, Any] = Field(default_factory=dict)      # keys of FinetuneBgeConfig, nested
+    signals: SignalsConfig | None = None                        # trains BGE-M3's heads too, and also ranks by them
 
 
 class JobConfig(Config):
@@ -100,7 +100,7 @@ def run(config: JobConfig) -> Path | None:
     names = {shop: [f"{row}/{seed}" for seed in _seeds(config, shop) for row in _rows(config, shop)]
              for shop in config.shops}
     _in_processes(config, [f"{shop}/{name}" for shop, of_shop in names.items() for name in of_shop])
-    cells = {shop: {name: json.loads(_file(config, shop, *name.split("/")).read_bytes())
+    cells = {shop: {name: read_cell(cell_file(config, shop, *name.split("/")))
                     for name in [f"{BASE}/0", *of_shop]} for shop, of_shop in names.items()}
     headline, tables = summary(cells, config.source, config.ours, config.null_shop)
     command = f"python benchmarks/retriever_ablation.py {' '.join(sys.argv[1:])}"
@@ -116,32 +116,15 @@ def _seeds(config: JobConfig, shop: str) -> tuple[int, ...]:
     return config.seeds[:1] if shop == config.null_shop else config.seeds
 
 
-def _file(config: JobConfig, shop: str, row: str, seed: str) -> Path:
+def cell_file(config: JobConfig, shop: str, row: str, seed: str) -> Path:
+    """Where the cell is written."""
     return config.cells / f"{shop}-{row}-{seed}.json"
 
 
 def _in_processes(config: JobConfig, names: Sequence[str]) -> None:
     """Run the missing cells, `parallel` at a time, each in a process of one thread."""
-    todo = [name for name in names if not _is_made(config, *name.split("/"))]
-    log.info("%d of %d cells to make", len(todo), len(names))
-    running: dict[str, subprocess.Popen[bytes]] = {}
-    (config.work / "logs").mkdir(parents=True, exist_ok=True)
-    failed: list[str] = []
-    while todo or running:
-        while todo and len(running) < config.parallel:
-            name = todo.pop(0)
-            with (config.work / "logs" / f"{name.replace('/', '-')}.log").open("wb") as stream:
-                running[name] = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], f"cell={name}"],
-                                                 stdout=stream, stderr=stream,
-                                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
-        for name in [name for name, process in running.items() if process.poll() is not None]:
-            code = running.pop(name).returncode
-            log.info("%s: %s; %d left", name, "made" if code == 0 else f"failed with {code}", len(todo) + len(running))
-            if code:
-                failed.append(name)
-        time.sleep(0.5)
-    if failed:
-        raise RuntimeError(f"cells failed: {', '.join(failed)}; their logs are under {config.work / 'logs'}")
+    make_missing(__file__, names, lambda name: is_made(config, *name.split("/")), config.work / "logs",
+                 config.parallel)
 
 
 # --- what all cells of a shop share ---------------------------------------------------------------
@@ -186,19 +169,21 @@ def _training_pairs(config: JobConfig, shop: str, row: Row) -> Path:
 # --- one cell -------------------------------------------------------------------------------------
 def _identity(config: JobConfig, shop: str, row: str, seed: str) -> dict[str, Any]:
     """What a cell's figures depend on; a file with another one is made again."""
-    settings = None if row == BASE else config.rows[row].model_dump(mode="json")
+    settings = None if row == BASE else _row_identity(config.rows[row])
     return {"shop": config.shops[shop].identity(), "generator": [GENERATOR_VERSION, generator_hash()], "row": settings,
             "common": config.finetune, "encoder": config.encoder.model_dump(mode="json"), "queries": config.queries,
             "cpu_seconds": config.rate_cpu_seconds if seed.startswith("rate") else config.cpu_seconds,
             "rates": list(config.rates), "seed": seed}
 
 
-def _is_made(config: JobConfig, shop: str, row: str, seed: str) -> bool:
-    path = _file(config, shop, row, seed)
-    if not path.is_file():
-        return False
-    known = fingerprint(_identity(config, shop, row, seed))
-    return bool(json.loads(path.read_bytes())["identity"] == known)
+def _row_identity(row: Row) -> dict[str, Any]:
+    """The row's settings; signals only where there are any, so that cells of other rows stay what they are."""
+    return row.model_dump(mode="json", exclude={"signals"} if row.signals is None else None)
+
+
+def is_made(config: JobConfig, shop: str, row: str, seed: str) -> bool:
+    """Whether the cell is there and current."""
+    return is_current(cell_file(config, shop, row, seed), _identity(config, shop, row, seed))
 
 
 def _make_cell(config: JobConfig, shop: str, row: str, seed: str) -> None:
@@ -206,9 +191,7 @@ def _make_cell(config: JobConfig, shop: str, row: str, seed: str) -> None:
 
     torch.set_num_threads(1)
     flow = _flow(config, shop)
-    document: dict[str, Any] = {"cell": [shop, row, seed], "identity": fingerprint(_identity(config, shop, row, seed)),
-                                "git_sha": git_sha(), "machine": machine(), "versions": versions(),
-                                "generator": [GENERATOR_VERSION, generator_hash()]}
+    document: dict[str, Any] = {"cell": [shop, row, seed], "generator": [GENERATOR_VERSION, generator_hash()]}
     if seed.startswith("rate-"):
         _, facts = _train(config, shop, row, float(seed.removeprefix("rate-")), 0, config.rate_cpu_seconds)
         document |= {"training": facts}
@@ -221,13 +204,19 @@ def _make_cell(config: JobConfig, shop: str, row: str, seed: str) -> None:
         catalogue = read_catalogue(flow.prepare.output)
         asked = read_queries(flow.prepare.output, config.work / shop / "shop" / "truth", "test", config.queries, 7,
                              catalogue)
-        encoder = build_text_encoder(config.encoder.replace(model=model))
-        document |= {"products": len(catalogue.texts),
-                     "ranks": encoder_ranks(encoder, catalogue, asked, FusionConfig())}
+        document |= {"products": len(catalogue.texts), "ranks": _ranks(config, row, model, catalogue, asked)}
         if row == BASE:
             document |= {"asked": asked.as_table(), "ranks": document["ranks"] | _untrained(catalogue, asked)}
-    config.cells.mkdir(parents=True, exist_ok=True)
-    write_text(_file(config, shop, row, seed), json.dumps(document) + "\n")
+    write_cell(cell_file(config, shop, row, seed), _identity(config, shop, row, seed), document)
+
+
+def _ranks(config: JobConfig, row: str, model: str, catalogue: Catalogue, asked: Asked) -> dict[str, list[int]]:
+    signals = None if row == BASE else config.rows[row].signals
+    if signals is None:
+        encoder = build_text_encoder(config.encoder.replace(model=model))
+        return encoder_ranks(encoder, catalogue, asked, FusionConfig())
+    whole = BgeM3Encoder(config.encoder.replace(model=model, sparse=True, multi_vector=True))
+    return signal_ranks(whole, catalogue, asked, FusionConfig(), signals)
 
 
 def _untrained(catalogue: Catalogue, asked: Asked) -> dict[str, list[int]]:
@@ -239,7 +228,7 @@ def _best_rate(config: JobConfig, shop: str, row: str) -> float:
     """The rate with the best validation figure among the trials."""
     if len(config.rates) == 1:
         return config.rates[0]
-    found = {rate: json.loads(_file(config, shop, row, f"rate-{rate:g}").read_bytes())["training"]["best_value"]
+    found = {rate: read_cell(cell_file(config, shop, row, f"rate-{rate:g}"))["training"]["best_value"]
              for rate in config.rates}
     return max(found, key=lambda rate: found[rate])
 
@@ -249,17 +238,13 @@ def _train(config: JobConfig, shop: str, row: str, rate: float, seed: int, cpu_s
     """(the folder of the trained encoder, what the training found)."""
     settings = config.rows[row]
     output = config.work / shop / "encoders" / row / f"{seed}-{rate:g}-{cpu_seconds:g}"
-    merged = _merged(config.finetune, settings.finetune)
-    artifact = finetune_bge(FinetuneBgeConfig.model_validate(_merged(merged, {
+    recipe = merged(config.finetune, settings.finetune)
+    heads = settings.signals is not None
+    encoder = config.encoder.replace(sparse=heads, multi_vector=heads)
+    artifact = finetune_bge(FinetuneBgeConfig.model_validate(merged(recipe, {
         "pairs": _training_pairs(config, shop, settings), "output": output, "seed": seed,
-        "encoder": config.encoder.model_dump(), "optim": {"learning_rate": rate}, "max_cpu_seconds": cpu_seconds})))
+        "encoder": encoder.model_dump(), "optim": {"learning_rate": rate}, "max_cpu_seconds": cpu_seconds})))
     return str(open_artifact(output, "encoder").path / "encoder"), dict(artifact.manifest.facts)
-
-
-def _merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """`one` with the keys of `other` over it, level by level."""
-    return {**one, **{key: _merged(one[key], value) if isinstance(value, dict) and isinstance(one.get(key), dict)
-                      else value for key, value in other.items()}}
 
 
 if __name__ == "__main__":
