@@ -7,7 +7,7 @@ texts of the chosen ones, so that memory follows what is chosen and not the buck
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,13 @@ def copied_shares(result: BucketPairs) -> tuple[dict[str, float], float | None]:
     gaps = [abs(mean - means[later, kind]) for (split, kind), mean in means.items()
             if split == "train" and (later, kind) in means]
     return shares, max(gaps) if gaps else None
+
+
+def copy_warning(shares: Mapping[str, float]) -> str:
+    """What to say when train queries copy more or less of their positives than later ones, which may be valid's."""
+    later = shares.get("test", shares.get("valid", 0.0))
+    return (f"train queries share {shares['train']:.0%} of their words with their positives, later ones {later:.0%}: "
+            "the model would learn to copy; see positive_text")
 
 
 def audit_rows(result: BucketPairs, max_gap: float) -> list[dict[str, Any]]:

@@ -30,7 +30,15 @@ from recsys_ray.artifacts import (
 )
 from recsys_ray.config import fingerprint
 from recsys_ray.data.judged_pairs import JudgedQueries, JudgedQuery, digest, judged_queries
-from recsys_ray.data.pair_buckets import BucketPairs, PairJob, audit_rows, copied_shares, make_bucket, make_judged
+from recsys_ray.data.pair_buckets import (
+    BucketPairs,
+    PairJob,
+    audit_rows,
+    copied_shares,
+    copy_warning,
+    make_bucket,
+    make_judged,
+)
 from recsys_ray.data.pairs import PairError, PairsConfig
 from recsys_ray.runtime import RayConfig
 from recsys_ray.schema import AUDIT
@@ -133,8 +141,7 @@ def _publish(config: MakePairsConfig, prepared: Artifact, staging: Staging, resu
                         "or judged queries")
     shares, gap = copied_shares(total)
     if gap is not None and gap > config.max_copied_gap:
-        log.warning("train queries share %.0f %% of their words with their positives, later ones %.0f %%: the model "
-                    "would learn to copy; see positive_text", 100 * shares["train"], 100 * shares["test"])
+        log.warning(copy_warning(shares))
     audit = pa.Table.from_pylist(audit_rows(total, config.max_copied_gap), schema=AUDIT)
     facts: dict[str, Any] = {
         "query_type": config.query_type, "positive_text": config.positive_text, "form": config.form,

@@ -12,7 +12,15 @@ import pytest
 
 from recsys_ray.artifacts import Artifact, open_artifact
 from recsys_ray.data import pair_buckets, pairs, training_pairs
-from recsys_ray.data.pair_buckets import LEAKY, BucketPairs, PairJob, audit_rows, copied_shares, make_bucket
+from recsys_ray.data.pair_buckets import (
+    LEAKY,
+    BucketPairs,
+    PairJob,
+    audit_rows,
+    copied_shares,
+    copy_warning,
+    make_bucket,
+)
 from recsys_ray.data.pairs import PairError, PairsConfig
 from recsys_ray.data.pipeline import PrepareConfig, prepare
 from recsys_ray.data.splits import HOUR_MS
@@ -193,6 +201,13 @@ def test_shares_are_weighted_and_the_gap_is_the_worst_kind() -> None:
     assert audit_rows(result, 0.3)[-1]["note"].startswith("train and later")
     assert audit_rows(result, 0.2)[-1]["note"].startswith("WARNING")
     assert copied_shares(BucketPairs(copied={"train/title": [1.0, 4.0]})) == ({"train": 0.25}, None)
+
+
+def test_a_gap_to_valid_queries_is_told_where_there_are_no_later_ones() -> None:
+    judged = BucketPairs(copied={"train/judged": [8.0, 10.0], "valid/judged": [2.0, 10.0]})
+    shares, gap = copied_shares(judged)
+    assert gap == pytest.approx(0.6)
+    assert "share 80% of their words with their positives, later ones 20%" in copy_warning(shares)
 
 
 def test_reviews_are_read_by_their_place_in_the_file(prepared: Artifact, tmp_path: Path) -> None:
