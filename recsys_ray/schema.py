@@ -77,6 +77,10 @@ PRODUCT_SUMMARY = _schema(
     ("row_id", pa.int64()), ("product_id", pa.string()), ("summary", pa.string()), ("content_key", pa.string()),
     required=("row_id", "product_id", "summary", "content_key"),
 )
+TEACHER_SCORES = _schema(               # beside TRAINING_PAIR, where a teacher scored the pairs
+    ("teacher_positive", pa.float32()), ("teacher_negatives", pa.list_(pa.float32())),  # parallel to the negatives
+    required=("teacher_positive", "teacher_negatives"),
+)
 TRAINING_PAIR = _schema(                # products of one group are never each other's negatives
     ("pair_id", pa.string()), ("query", pa.string()),
     ("query_type", pa.string()),        # keywords | review_text | title | feature | description | title_words | judged

@@ -108,7 +108,11 @@ def mine_negatives(config: MineNegativesConfig) -> Artifact:
     an index of another encoder.
     """
     output = config.output.resolve()
-    pairs, index = open_artifact(config.pairs.resolve(), KIND), open_artifact(config.index.resolve(), "index")
+    pairs = open_artifact(config.pairs.resolve(), KIND)
+    if "teacher" in pairs.manifest.facts:
+        raise PairError(f"{config.pairs}: a teacher scored these pairs with the negatives they have; mine for the "
+                        "pairs that it scored, then score the mined ones")
+    index = open_artifact(config.index.resolve(), "index")
     identity = encoder_identity(config.encoder)
     open_index(config.index.resolve(), index.manifest.version, identity, segments=())    # refuses another encoder
     prepared = _prepared(config, pairs, index)

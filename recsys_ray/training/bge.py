@@ -19,9 +19,11 @@ from recsys_ray.models.trainable_bert import TrainableBert, TrainableConfig, Tra
 from recsys_ray.runtime import RayConfig
 from recsys_ray.training.contrastive import ContrastiveConfig, PairBatch, contrastive_backward
 from recsys_ray.training.distributed import rank, world_size
+from recsys_ray.training.guide import GuideVectors, guide_identity
 from recsys_ray.training.loop import LoopConfig, Task
 from recsys_ray.training.mini_catalogue import MiniCatalogueConfig, draw_catalogue
 from recsys_ray.training.pair_shards import PairShards, ShardSettings
+from recsys_ray.training.query_information import informative
 from recsys_ray.training.sampler import BatchSampler, SamplerConfig
 
 STAGE_VERSION = 1       # raise it when the same inputs would give another model
@@ -48,6 +50,7 @@ class FinetuneBgeConfig(LoopConfig):
     query_tokens: int = Field(default=256, ge=3)    # queries are cut here, and where the encoder cuts them
     document_tokens: int = Field(default=512, ge=3)
     negatives: int | None = Field(default=None, ge=0)   # hard ones of each pair; None: all it has
+    guide: TextEncoderConfig | None = None          # takes out false negatives, from contrastive.guide_margin on
     contrastive: ContrastiveConfig = ContrastiveConfig()
     sampler: SamplerConfig = SamplerConfig()
     validation: MiniCatalogueConfig = MiniCatalogueConfig()
@@ -64,6 +67,9 @@ class FinetuneBgeConfig(LoopConfig):
             raise ValueError(f"workers.count: {self.workers.count} workers for batches of {self.sampler.batch_size}")
         if self.encoder.sparse or self.encoder.multi_vector:
             raise ValueError("encoder.sparse, encoder.multi_vector: this trains plain vectors; leave the heads off")
+        if (self.guide is None) != (self.contrastive.guide_margin is None):
+            raise ValueError("guide, contrastive.guide_margin: one says which encoder takes out false negatives, the "
+                             "other from where on; give both or neither")
         return self
 
     @property
@@ -71,13 +77,15 @@ class FinetuneBgeConfig(LoopConfig):
         """Where the tokenised pairs are."""
         return (self.shards or self.output.with_name(self.output.name + "-shards")).resolve()
 
+    @property
+    def guide_root(self) -> Path:
+        """Where the guide's vectors are: beside the shards."""
+        return self.shards_root.with_name(self.shards_root.name + "-guide")
+
     def resolved(self) -> Self:
         """The same with absolute paths: workers start in other directories."""
-        model = self.encoder.model
-        if Path(model).is_dir():
-            model = str(find_model(model))      # one version of an artefact, whatever is published meanwhile
         return self.replace(pairs=self.pairs.resolve(), output=self.output.resolve(), shards=self.shards_root,
-                            encoder=self.encoder.replace(model=model))
+                            encoder=pinned(self.encoder), guide=None if self.guide is None else pinned(self.guide))
 
     def shard_settings(self) -> ShardSettings:
         """How the pairs are tokenised."""
@@ -86,10 +94,19 @@ class FinetuneBgeConfig(LoopConfig):
 
     def key(self, shards_fingerprint: str) -> str:
         """What the run is known by: everything that decides the trained weights."""
-        away = {"pairs", "output", "shards", "workers", "ray", "trackers", "checkpoint_every"}
+        away = {"pairs", "output", "shards", "workers", "ray", "trackers", "checkpoint_every", "guide"}
         values = self.model_dump(mode="json", exclude=away) | {"encoder": encoder_identity(self.encoder)}
+        if self.guide is not None:      # options that came later: a run without them keeps the key it had
+            values["guide"] = guide_identity(self.guide)
+        if not self.sampler.min_information:
+            del values["sampler"]["min_information"]
         return fingerprint({"stage": STAGE_VERSION, "shards": shards_fingerprint, "config": values,
                             "dtype": self.encoder.dtype})
+
+
+def pinned(encoder: TextEncoderConfig) -> TextEncoderConfig:
+    """The encoder at an absolute path, if it has one: of one version, whatever is published meanwhile."""
+    return encoder.replace(model=str(find_model(encoder.model))) if Path(encoder.model).is_dir() else encoder
 
 
 @dataclass
@@ -100,12 +117,14 @@ class BgeTask:
     model: TrainableBert
     train: PairShards
     valid: PairShards
+    guide: GuideVectors | None = None
 
     def __post_init__(self) -> None:
         """Draw the batches and the validation; wrap the model where there are several workers."""
         config = self.config
+        least = config.sampler.min_information
         self.sampler = BatchSampler(config.sampler, config.seed, self.train.lengths, self.train.groups,
-                                    self.train.query_hashes)
+                                    self.train.query_hashes, informative(self.train, least) if least else None)
         self.catalogue = draw_catalogue(self.valid, self.train, config.validation, config.seed)
         self.wrapped: Any = self.model
         if world_size() > 1:
@@ -127,9 +146,15 @@ class BgeTask:
     def backward(self, number: int, scale: float) -> Mapping[str, float]:
         """Add this worker's gradients of a batch; returns the figures of the whole batch."""
         share = self.sampler.share(number, rank(), world_size())
-        batch = self.train.batch(share, self.config.negatives)
-        several = {"sync": self.wrapped.no_sync} if world_size() > 1 else {}
-        found = contrastive_backward(self.wrapped, self.wrapped, batch, self.config.contrastive, scale=scale, **several)
+        places = self.train.places(share, self.config.negatives)
+        batch, given = self.train.batch_at(places), dict[str, Any]()
+        if self.guide is not None:
+            given["guide"] = self.guide.at(places)
+        if self.config.contrastive.distillation is not None:
+            given["teacher"] = torch.from_numpy(self.train.teacher_scores(places))
+        if world_size() > 1:
+            given["sync"] = self.wrapped.no_sync
+        found = contrastive_backward(self.wrapped, self.wrapped, batch, self.config.contrastive, scale=scale, **given)
         return {"loss": found.loss, "accuracy": found.accuracy, "masked_share": found.masked_share,
                 "false_negative_share": false_negative_share(batch), "tokens": float(tokens_of(batch))}
 
@@ -140,7 +165,7 @@ class BgeTask:
 
 
 def build_task(config: FinetuneBgeConfig, train: PairShards, valid: PairShards,
-               device: Literal["auto", "cpu", "cuda"]) -> BgeTask:
+               device: Literal["auto", "cpu", "cuda"], guide: GuideVectors | None = None) -> BgeTask:
     """The task on this worker: the encoder is loaded; adapters start from the run's seed."""
     torch.manual_seed(config.seed)
     encoder = config.encoder
@@ -149,7 +174,7 @@ def build_task(config: FinetuneBgeConfig, train: PairShards, valid: PairShards,
     if model.similarity != config.contrastive.similarity:
         raise ValueError(f"contrastive.similarity: {config.contrastive.similarity}, but the encoder's vectors are "
                          f"compared by {model.similarity}; set it, or encoder.similarity, to the same")
-    return BgeTask(config, model, train, valid)
+    return BgeTask(config, model, train, valid, guide)
 
 
 def false_negative_share(batch: PairBatch) -> float:

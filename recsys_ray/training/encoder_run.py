@@ -18,6 +18,7 @@ from recsys_ray.models.sentence_layout import ENCODER_FOLDER as FOLDER
 from recsys_ray.models.text_encoder import device_of, encoder_identity
 from recsys_ray.training.bge import BgeTask, FinetuneBgeConfig, WorkersConfig, build_task
 from recsys_ray.training.distributed import rank, world_size
+from recsys_ray.training.guide import open_guide_vectors
 from recsys_ray.training.loop import Loop, LoopConfig, Progress, Report, RunFiles, best_weights
 from recsys_ray.training.model_card import model_card
 from recsys_ray.training.pair_shards import open_pair_shards
@@ -30,12 +31,14 @@ RESULT = "result.json"
 
 
 def train_worker(config: FinetuneBgeConfig, staging: str, shards_version: str, key: str,
-                 report: Report | None = None) -> None:
+                 report: Report | None = None, guide_version: str | None = None) -> None:
     """Train, or go on with a run that was stopped; the first worker writes the encoder's folder into `staging`."""
     use_threads(config.workers)
     directory = Path(staging)
     train, valid = (open_pair_shards(config.shards_root, split, shards_version) for split in ("train", "valid"))
-    task = build_task(config, train, valid, "cuda" if config.workers.gpus else device_of(config.encoder))  # type: ignore[arg-type]
+    guide = None if guide_version is None else open_guide_vectors(config.guide_root, guide_version)
+    device = "cuda" if config.workers.gpus else device_of(config.encoder)
+    task = build_task(config, train, valid, device, guide)  # type: ignore[arg-type]
     files = RunFiles(directory / "run")
     loop = Loop(task.task(), config, files, key, parameters_of(config), report)
     progress = loop.run()

@@ -33,7 +33,9 @@ from recsys_ray.models.sentence_layout import ENCODER_KIND as KIND
 from recsys_ray.training import pair_shards
 from recsys_ray.training.bge import FinetuneBgeConfig, WorkersConfig
 from recsys_ray.training.loop import Report
+from recsys_ray.training.pair_passes import guide_vectors
 from recsys_ray.training.pair_shards import PairTokenizer, ShardSettings, write_shard
+from recsys_ray.training.teacher import require_its_student
 from recsys_ray.training.trackers import followed
 
 log = logging.getLogger(__name__)
@@ -70,20 +72,26 @@ def _finetune(given: FinetuneBgeConfig, report: Report | None) -> Artifact:
 
     config = given.resolved()
     pairs = open_artifact(config.pairs, "pairs")
+    if config.contrastive.distillation is not None:
+        require_its_student(pairs.manifest.facts, config.encoder, config.pairs)
     shards = _tokenised(config, pairs)
     output, key = config.output, config.key(shards.manifest.fingerprint)
     if (done := find_artifact(output, KIND, key)) is not None:
         log.info("%s is up to date", done.manifest.reference)
         return done
+    guide = None if config.guide is None else guide_vectors(config, pairs)
     with stage(output, KIND, key) as staging:
         sweep_staging(output, key)
+        settings: dict[str, Any] = {
+            "staging": str(staging.path), "shards_version": shards.manifest.version, "key": key,
+            "guide_version": None if guide is None else guide.manifest.version}
         if config.workers.count == 0:
-            train_worker(config, str(staging.path), shards.manifest.version, key, report=report)
+            train_worker(config, **settings, report=report)
         else:
-            settings = {"config": config.model_dump(mode="json"), "staging": str(staging.path),
-                        "shards": shards.manifest.version, "key": key}
-            run_workers(_worker, settings, config.workers, staging.path)
-        return publish(given, staging, {"pairs": pairs.manifest, "pair_shards": shards.manifest})
+            run_workers(_worker, {"config": config.model_dump(mode="json"), "run": settings}, config.workers,
+                        staging.path)
+        parents = {"pairs": pairs.manifest, "pair_shards": shards.manifest}
+        return publish(given, staging, parents if guide is None else {**parents, "guide": guide.manifest})
 
 
 # --- workers --------------------------------------------------------------------------------------
@@ -122,7 +130,7 @@ def _worker(settings: dict[str, Any]) -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     config = FinetuneBgeConfig.model_validate(settings["config"])
-    train_worker(config, settings["staging"], settings["shards"], settings["key"])
+    train_worker(config, **settings["run"])
 
 
 # --- tokens ---------------------------------------------------------------------------------------

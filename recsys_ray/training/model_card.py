@@ -137,6 +137,11 @@ def _settings(config: FinetuneBgeConfig) -> str:
         "weight decay": optim.weight_decay, "longest query, product": f"{config.query_tokens}, "
         f"{config.document_tokens} tokens", "seed": config.seed,
         "adapters": "none" if config.body.lora is None else f"LoRA of rank {config.body.lora.rank}, merged"}
+    if config.guide is not None:
+        rows["guide"] = (f"{_base(config.guide.model)} took out documents that it scores above the positive less "
+                         f"{loss.guide_margin:g}")
+    if loss.distillation is not None:
+        rows["teacher's scores"] = f"learned by {loss.distillation.kind}, weight {loss.distillation.weight:g}"
     if loss.matryoshka:
         rows["Matryoshka dimensions"] = ", ".join(map(str, loss.matryoshka))
     return "\n".join(f"| {name} | {value} |" for name, value in rows.items())

@@ -2,6 +2,7 @@
 
     <split>/<name>.pairs.arrow      a row a pair: query tokens, groups, places of its documents
     <split>/<name>.documents.arrow  a row a different text of the shard: its tokens, the hash of the text
+    <split>/<name>.teacher.arrow    a row a pair, where a teacher scored the pairs: its scores of the documents
 
 Files are Arrow IPC, uncompressed, so that all workers of a node share one copy in the page cache and
 a batch costs no reading of what it does not take.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import pyarrow as pa
 from recsys_ray.artifacts import Artifact, ArtifactError, FileEntry, file_entry, open_artifact
 from recsys_ray.models.sentence_layout import find_model, read_layout
 from recsys_ray.models.text_encoder import TextEncoderConfig, encoder_identity, load_tokenizer, prepare_text
-from recsys_ray.schema import TRAINING_PAIR, conform
+from recsys_ray.schema import TEACHER_SCORES, TRAINING_PAIR, conform
 from recsys_ray.training.contrastive import PairBatch
 
 KIND = "pair_shards"
@@ -40,6 +41,7 @@ PAIRS = pa.schema([
     ("negatives", pa.list_(pa.int64())), ("negative_row_ids", pa.list_(pa.int64())),
     ("negative_group_ids", pa.list_(pa.int64()))])
 DOCUMENTS = pa.schema([("tokens", pa.list_(pa.int32())), ("text_hash", pa.int64())])
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -81,22 +83,31 @@ class PairTokenizer:
 
 
 def write_shard(pairs: pa.Table, tokenizer: PairTokenizer, directory: Path, name: str) -> list[FileEntry]:
-    """Tokenise one table of TRAINING_PAIR rows into `directory/<name>.{pairs,documents}.arrow`; returns the entries."""
+    """Tokenise one table of TRAINING_PAIR rows into `directory/<name>.{pairs,documents}.arrow`; returns the entries.
+
+    A third file holds a teacher's scores, where the table has the columns of TEACHER_SCORES.
+    """
+    scored = conform(pairs, TEACHER_SCORES, name) if TEACHER_SCORES.names[0] in pairs.column_names else None
     pairs = conform(pairs, TRAINING_PAIR, name)
-    places: dict[str, int] = {}
-    positives = [places.setdefault(text, len(places)) for text in pairs["text"].to_pylist()]
-    negatives = [[places.setdefault(text, len(places)) for text in texts or ()]
-                 for texts in pairs["negative_texts"].to_pylist()]
+    texts, positives, negatives = different_texts(pairs)
     queries = pairs["query"].to_pylist()
     table = pa.table({
         "pair_id": pairs["pair_id"], "query_tokens": _lists(tokenizer(queries, "query")),
         "query_hash": text_hashes(queries), "row_id": pairs["row_id"], "group_id": pairs["group_id"],
         "positive": pa.array(positives, pa.int64()), "negatives": pa.array(negatives, pa.list_(pa.int64())),
         "negative_row_ids": pairs["negative_row_ids"], "negative_group_ids": pairs["negative_group_ids"]}, PAIRS)
-    texts = list(places)
     documents = pa.table({"tokens": _lists(tokenizer(texts, "document")), "text_hash": text_hashes(texts)}, DOCUMENTS)
-    return [_write_arrow(table, directory, f"{name}.pairs.arrow"),
-            _write_arrow(documents, directory, f"{name}.documents.arrow")]
+    parts = {"pairs": table, "documents": documents, **({} if scored is None else {"teacher": scored})}
+    return [_write_arrow(part, directory, f"{name}.{kind}.arrow") for kind, part in parts.items()]
+
+
+def different_texts(pairs: pa.Table) -> tuple[list[str], list[int], list[list[int]]]:
+    """(the different texts of documents, the place of each pair's positive among them, the places of its negatives)."""
+    places: dict[str, int] = {}
+    positives = [places.setdefault(text, len(places)) for text in pairs["text"].to_pylist()]
+    negatives = [[places.setdefault(text, len(places)) for text in texts or ()]
+                 for texts in pairs["negative_texts"].to_pylist()]
+    return list(places), positives, negatives
 
 
 def text_hashes(texts: Sequence[str]) -> Ints:
@@ -143,8 +154,9 @@ class _Lists:
 class _Shard:
     """One pair of files, mapped into memory."""
 
-    def __init__(self, pairs: Path, documents: Path) -> None:
+    def __init__(self, pairs: Path, documents: Path, teacher: Path | None = None) -> None:
         table, texts = _map_arrow(pairs, PAIRS), _map_arrow(documents, DOCUMENTS)
+        scored = None if teacher is None else _map_arrow(teacher, TEACHER_SCORES)
         self.rows: int = table.num_rows
         self.queries, self.documents = _Lists(table.column("query_tokens")), _Lists(texts.column("tokens"))
         self.query_hashes, self.text_hashes = table["query_hash"].to_numpy(), texts["text_hash"].to_numpy()
@@ -153,6 +165,8 @@ class _Shard:
         self.negatives = _Lists(table.column("negatives"))
         self.negative_groups = _Lists(table.column("negative_group_ids"))
         self.negative_row_ids = _Lists(table.column("negative_row_ids"))
+        self.teacher = None if scored is None else (
+            scored["teacher_positive"].to_numpy(), _Lists(scored.column("teacher_negatives")))
 
 
 def _map_arrow(path: Path, schema: pa.Schema) -> pa.RecordBatch:
@@ -163,6 +177,18 @@ def _map_arrow(path: Path, schema: pa.Schema) -> pa.RecordBatch:
         if reader.num_record_batches == 0:
             return pa.RecordBatch.from_pylist([], schema=schema)
         return reader.get_batch(0)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the texts of a batch of B queries and C documents lie: (number of the shard, place in it) of each.
+
+    The first B documents are the positives; then come the hard negatives, query by query.
+    """
+
+    queries: list[tuple[int, int]]          # B
+    documents: list[tuple[int, int]]        # C
+    negatives: list[tuple[int, int]]        # C - B: (the query it was found for, its number among that one's)
 
 
 class PairShards:
@@ -196,24 +222,61 @@ class PairShards:
         return self._joined([shard.queries.lengths() + shard.documents.lengths()[shard.positives]
                              for shard in self._shards])
 
+    def query_tokens(self) -> Iterator[tuple[Ints, Tokens]]:
+        """(offsets, tokens) of the queries of each shard, in the order of the pairs."""
+        return ((shard.queries.offsets, shard.queries.values) for shard in self._shards)
+
+    def positive_tokens(self) -> Iterator[tuple[Ints, Tokens]]:
+        """(offsets, tokens) of the different positives of each shard."""
+        for shard in self._shards:
+            texts = [shard.documents[place] for place in np.unique(shard.positives)]
+            yield np.cumsum([0, *map(len, texts)]), np.concatenate([np.zeros(0, np.int32), *texts])
+
     def _joined(self, parts: Sequence[Ints]) -> Ints:
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
     def batch(self, indices: Ints, negatives: int | None = None) -> PairBatch:
         """The pairs of these numbers, with at most `negatives` hard negatives each (None: all they have)."""
-        found = [(self._shards[shard], place) for shard, place in self._located(indices)]
-        queries = [shard.queries[place] for shard, place in found]
-        documents = [(shard, int(shard.positives[place]), int(shard.groups[place]), -1) for shard, place in found]
-        for number, (shard, place) in enumerate(found):
-            hard = zip(shard.negatives[place][:negatives], shard.negative_groups[place][:negatives], strict=True)
-            documents += [(shard, int(document), int(group), number) for document, group in hard]
+        return self.batch_at(self.places(indices, negatives))
+
+    def places(self, indices: Ints, negatives: int | None = None) -> Places:
+        """Where the texts of these pairs lie, with at most `negatives` hard negatives each (None: all they have)."""
+        queries = self._located(indices)
+        documents = [(shard, int(self._shards[shard].positives[place])) for shard, place in queries]
+        found: list[tuple[int, int]] = []
+        for query, (shard, place) in enumerate(queries):
+            hard = self._shards[shard].negatives[place][:negatives].tolist()
+            documents += [(shard, document) for document in hard]
+            found += [(query, number) for number in range(len(hard))]
+        return Places(queries, documents, found)
+
+    def batch_at(self, places: Places) -> PairBatch:
+        """The batch of these places."""
+        count, shards = len(places.queries), self._shards
+        groups = [int(shards[shard].groups[place]) for shard, place in places.queries]
+        for query, number in places.negatives:
+            shard, place = places.queries[query]
+            groups.append(int(shards[shard].negative_groups[place][number]))
         return PairBatch(
-            query_tokens=queries, document_tokens=[shard.documents[text] for shard, text, _, _ in documents],
-            positive=np.arange(len(found), dtype=np.int64),
-            query_group=np.array([group for _, _, group, _ in documents[:len(found)]], dtype=np.int64),
-            document_group=np.array([group for _, _, group, _ in documents], dtype=np.int64),
-            document_text=np.array([shard.text_hashes[text] for shard, text, _, _ in documents], dtype=np.int64),
-            negative_of=np.array([query for _, _, _, query in documents], dtype=np.int64))
+            query_tokens=[shards[shard].queries[place] for shard, place in places.queries],
+            document_tokens=[shards[shard].documents[text] for shard, text in places.documents],
+            positive=np.arange(count, dtype=np.int64),
+            query_group=np.array(groups[:count], dtype=np.int64), document_group=np.array(groups, dtype=np.int64),
+            document_text=np.array([shards[shard].text_hashes[text] for shard, text in places.documents],
+                                   dtype=np.int64),
+            negative_of=np.array([-1] * count + [query for query, _ in places.negatives], dtype=np.int64))
+
+    def teacher_scores(self, places: Places) -> Floats:
+        """A teacher's scores of each query's own documents, float32 (B, C), NaN for all others."""
+        found = np.full((len(places.queries), len(places.documents)), np.nan, np.float32)
+        for query, (shard, place) in enumerate(places.queries):
+            if (scored := self._shards[shard].teacher) is not None:
+                found[query, query] = scored[0][place]
+        for column, (query, number) in enumerate(places.negatives, start=len(places.queries)):
+            shard, place = places.queries[query]
+            if (scored := self._shards[shard].teacher) is not None:
+                found[query, column] = scored[1][place][number]
+        return found
 
     def _located(self, indices: Ints) -> list[tuple[int, int]]:
         shards = np.searchsorted(self._starts, indices, side="right") - 1
@@ -236,6 +299,7 @@ def read_pair_shards(artifact: Artifact, split: str) -> PairShards:
     if split not in SPLITS:
         raise ValueError(f"split {split!r}: pairs are divided into {' and '.join(SPLITS)}")
     names = [name.removesuffix(".pairs.arrow") for name in artifact.names(f"{split}/") if name.endswith(".pairs.arrow")]
-    shards = [_Shard(artifact.file(f"{name}.pairs.arrow"), artifact.file(f"{name}.documents.arrow"))
-              for name in names]
+    scored = {name for name in names if f"{name}.teacher.arrow" in artifact.names(f"{split}/")}
+    shards = [_Shard(artifact.file(f"{name}.pairs.arrow"), artifact.file(f"{name}.documents.arrow"),
+                     artifact.file(f"{name}.teacher.arrow") if name in scored else None) for name in names]
     return PairShards(shards, artifact.manifest.facts["settings"])

@@ -25,15 +25,18 @@ class SamplerConfig(Config):
     distinct_groups: bool = True        # no two pairs of one near-duplicate group in a batch, as far as they go
     distinct_queries: bool = True       # and none with the same query
     window_batches: int = Field(default=32, ge=1)   # that are drawn up together: how far a pair may move
+    min_information: float = Field(default=0.0, ge=0)   # queries that say less are left out: `query_information`
 
 
 class BatchSampler:
-    """The batches of every epoch over N pairs."""
+    """The batches of every epoch over N pairs, or over those of them whose numbers are `only`."""
 
-    def __init__(self, config: SamplerConfig, seed: int, lengths: Ints, groups: Ints, queries: Ints) -> None:
-        if len(lengths) < config.batch_size:
+    def __init__(self, config: SamplerConfig, seed: int, lengths: Ints, groups: Ints, queries: Ints,
+                 only: Ints | None = None) -> None:
+        self._only = np.arange(len(lengths), dtype=np.int64) if only is None else only
+        if len(self._only) < config.batch_size:
             raise ConfigError(f"sampler.batch_size: {config.batch_size} pairs make a batch, and there are only "
-                              f"{len(lengths)} to train on")
+                              f"{len(self._only)} to train on, of {len(lengths)}")
         self.config, self.seed = config, seed
         self._lengths, self._groups, self._queries = lengths, groups, queries
         self._order: tuple[int, Ints] | None = None
@@ -42,7 +45,7 @@ class BatchSampler:
     @property
     def steps_per_epoch(self) -> int:
         """Full batches of an epoch; the pairs left over, others in each epoch, are not used in it."""
-        return len(self._lengths) // self.config.batch_size
+        return len(self._only) // self.config.batch_size
 
     def batch(self, step: int) -> Ints:
         """The numbers of the pairs of a step, (batch_size,), steps counted from 0 over all epochs."""
@@ -70,8 +73,8 @@ class BatchSampler:
 
     def _draw(self, epoch: int, window: int) -> list[Ints]:
         if self._order is None or self._order[0] != epoch:
-            shuffled = np.random.default_rng([self.seed, epoch]).permutation(len(self._lengths))
-            self._order = epoch, shuffled[:self.steps_per_epoch * self.config.batch_size].astype(np.int64)
+            shuffled = self._only[np.random.default_rng([self.seed, epoch]).permutation(len(self._only))]
+            self._order = epoch, shuffled[:self.steps_per_epoch * self.config.batch_size]
         size = self.config.batch_size
         pairs = self._order[1][window * self.config.window_batches * size:][:self.config.window_batches * size]
         if self.config.length_grouped:

@@ -147,6 +147,30 @@ def test_finetune_cross_encoder() -> None:
     assert model.parents["pairs"] == manifest("reranker-pairs", "reranker_pairs").reference
 
 
+def test_score_pairs() -> None:
+    """Three steps make no teacher: the job says so and leaves; told otherwise its scores are learned from."""
+    small = ("queries=60", "candidates=10", "workers=1")
+    assert run_job("score_pairs", *small) == 2
+    assert not (DEMO / "pairs-scored" / "CURRENT").exists()
+    assert run_job("score_pairs", *small, "force=true") == 0
+    assert manifest("pairs-scored", "pairs").facts["teacher"]["forced"]
+    short = ("workers.count=0", "max_steps=2", "evaluate_every=2", *SHORT)
+    assert run_job("finetune_bge", *short, config="distilled") == 0
+    assert run_job("finetune_bge", *short, config="guided") == 0
+    assert manifest("encoder-guided", "encoder").parents["guide"].startswith("guide_vectors/")
+
+
+def test_train_rounds() -> None:
+    short = [f"finetune.{one}" for one in (*SHORT, "workers.count=0", "max_steps=2", "evaluate_every=2")]
+    assert run_job("train_rounds", "start=previous", *short) == 0
+    table = json.loads((DEMO / "rounds/rounds.json").read_text())
+    assert [row["round"] for row in table["rounds"]] in ([1], [1, 2])
+    assert table["best"] == table["rounds"][0]["encoder"] or len(table["rounds"]) == 2
+    made = versions()
+    assert run_job("train_rounds", "start=previous", *short) == 0
+    assert versions() == made
+
+
 def test_accept_encoder() -> None:
     """Three steps improve nothing that a gate can see: the job says so and leaves; told otherwise it publishes."""
     assert run_job("accept_encoder", "queries.max_queries=50") == 2
