@@ -64,7 +64,9 @@ def out_of_fold(cells: Sequence[Mapping[str, Any]], folds: Sequence[Fold], weigh
 
 
 def verdict(gain: Comparison) -> str:
-    """better, worse or undecided, by the interval."""
+    """better, worse or undecided, by the interval; unchanged where no query moved, which no interval can tell."""
+    if not gain.wins + gain.losses:
+        return "unchanged"
     return "better" if gain.difference.low > 0 else "worse" if gain.difference.high < 0 else "undecided"
 
 

@@ -1,8 +1,9 @@
 """A retrieval problem of goodbooks: find the books that readers put on a shelf, from their other shelves.
 
-The books' descriptions are not in the data. So the shelves that name a genre or a theme (neither rare nor
-everybody's) are halved by hash: those of one half stand in the books' texts, beside title and authors; those
-of the other are queries, and the books that carry them are relevant. No shelf is both.
+The books' descriptions are not in the data. So the shelves of some books (neither rare nor broad) are halved by
+hash: those of one half are queries, and the books that carry them are relevant; those of the other stand in the
+books' texts, beside title, authors and the broad shelves. No shelf is both, though another spelling of it may be.
+Some queries are readers' own ("wish list"): no text can answer them, for any of the methods.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class ShelvesConfig(Config):
     books: int = 5000               # the best known ones
     top_shelves: int = 20           # of a book, by how many readers used them
     fewest: int = 20                # books of a shelf that counts
-    most: int = 300
+    most: int = 300                 # of one that may be asked for; broader ones, to half of the books, are only shown
     queries: int = 120
     seed: int = 7
 
@@ -54,11 +55,12 @@ def write_shelves(config: ShelvesConfig) -> None:
 def shelf_tables(books: pa.Table, shelves: list[list[str]], config: ShelvesConfig) -> dict[str, pa.Table]:
     """products, queries and judgments from the books and, parallel to them, their shelves."""
     count = Counter(name for own in shelves for name in set(own))
-    counted = sorted(name for name, of_books in count.items() if config.fewest <= of_books <= config.most
-                     and name.replace("-", "").isalpha() and name.isascii())
-    order = [counted[at] for at in np.argsort(draws(counted, config.seed), kind="stable")]
+    named = sorted(name for name, of_books in count.items() if config.fewest <= of_books <= len(shelves) / 2
+                   and name.replace("-", "").isalpha() and name.isascii())
+    narrow = [name for name in named if count[name] <= config.most]
+    order = [narrow[at] for at in np.argsort(draws(narrow, config.seed), kind="stable")]
     asked = sorted(order[: len(order) // 2][: config.queries])
-    shown = set(order[len(order) // 2:])
+    shown = set(named) - set(order[: len(order) // 2])
     ids = [str(one) for one in books["book_id"].to_pylist()]
     features = [[name.replace("-", " ") for name in own if name in shown] for own in shelves]
     relevant = [(name, book) for name in asked for book, own in zip(ids, shelves, strict=True) if name in own]

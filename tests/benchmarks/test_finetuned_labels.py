@@ -90,11 +90,20 @@ def test_the_headline_is_the_paired_gain_out_of_fold() -> None:
     headline, tables = table.summary(base, [trained, trained], folds, weights, 1.0)
     assert headline["ndcg10_zero_shot"] == headline["ndcg10_finetuned"] == 1.0
     assert headline["gain"] == headline["gain_ci_low"] == headline["detectable"] == 0.0
-    assert tables["verdict"]["hybrid"]["ndcg10"] == "undecided"
+    assert tables["verdict"]["hybrid"]["ndcg10"] == "unchanged"
     assert headline["dense_gain"] == pytest.approx(0.005)
     assert headline["dense_gain_ci_low"] > 0
     assert tables["verdict"]["dense"]["ndcg10"] == "better"
-    assert tables["verdict"]["dense"]["recall100"] == "undecided"
+    assert tables["verdict"]["dense"]["recall100"] == "unchanged"
+
+
+def test_gains_and_losses_alike_decide_nothing() -> None:
+    folds, weights = answers.nested_folds(IDS, 2, 2, 7), [0.0, 0.5, 1.0]
+    base, trained = cell(weights, dict.fromkeys(IDS, 0.5)), cell(weights, dict.fromkeys(IDS, 0.5))
+    trained["dense"] = [[0.2 + 0.1 * (-1) ** number, 0.1] for number in range(40)]
+    headline, tables = table.summary(base, [trained, trained], folds, weights, 1.0)
+    assert tables["verdict"]["dense"] == {"ndcg10": "undecided", "recall100": "worse"}
+    assert headline["dense_detectable"] == pytest.approx(2.8 * 0.1 / 40 ** 0.5, rel=0.05)   # (1.96 + 0.84) errors
 
 
 def test_a_query_without_a_relevant_product_counts_for_no_mean() -> None:
@@ -144,12 +153,15 @@ def test_weights_in_between_are_on_the_line_from_base_to_trained(tmp_path: Path)
 
 def test_a_shelf_is_a_query_or_a_text_and_never_both() -> None:
     names = [f"genre-{letter}" for letter in "abcdefgh"]
-    own = [[names[book % 8], names[(book + 3) % 8], "to-read", "2013"] for book in range(16)]
+    own = [[names[book % 8], names[(book + 3) % 8], "to-read", "2013", *(["fiction"] if book % 2 else [])]
+           for book in range(16)]
     books = pa.table({"book_id": range(16), "title": ["t"] * 16, "authors": ["x"] * 16})
     config = shelves.ShelvesConfig(source=Path(), output=Path(), fewest=2, most=6)
     found = shelves.shelf_tables(books, own, config)
     asked = set(found["queries"]["query"].to_pylist())
     shown = {one for features in found["products"]["features"].to_pylist() for one in features}
+    assert "fiction" in shown           # broad: half of the books have it
+    shown -= {"fiction"}
     assert len(asked) == len(shown) == 4
     assert not asked & shown            # neither has "to read", which all books have, nor a year
     assert asked | shown == {one.replace("-", " ") for one in names}
