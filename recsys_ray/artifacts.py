@@ -285,17 +285,18 @@ class Staging:
 
 
 @contextmanager
-def stage(root: str | Path, kind: str, fingerprint: str) -> Iterator[Staging]:
+def stage(root: str | Path, kind: str, fingerprint: str, wait_s: float = 0.0) -> Iterator[Staging]:
     """The staging directory for these inputs, held by one writer at a time.
 
-    A second writer gets `ArtifactError` at once. The lock is the operating system's, so it ends with
+    A second writer gets `ArtifactError` at once, or after `wait_s` seconds; one that waited should look whether
+    the version it wanted is there now. The lock is the operating system's, so it ends with
     the process that holds it, however that ends.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     lock = FileLock(root / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait_s)
     except Timeout:
         raise ArtifactError(f"{root}: another process is writing a version here; wait for it or end it") from None
     try:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,7 @@ def test_staged_work_survives_and_foreign_work_is_swept(tmp_path: Path) -> None:
 
 CRASHING = """
 import sys
+import threading
 from recsys_ray.artifacts import stage
 from recsys_ray.config import Config
 import pyarrow as pa
@@ -176,3 +178,19 @@ def test_a_writer_killed_while_publishing_leaves_old_or_new_never_a_mix(tmp_path
     assert artifact.manifest.fingerprint == ("second" if point == "after_current" else "first")
     assert subprocess.run(command, check=False).returncode == 0
     assert open_artifact(tmp_path, "texts").table("part/one.parquet").to_pydict() == {"row_id": [9]}
+
+
+def test_a_writer_that_waits_gets_its_turn(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with stage(tmp_path, "texts", "b", wait_s=30):
+            order.append("second")
+
+    with stage(tmp_path, "texts", "a"):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(0.2)
+        order.append("first")
+    waiting.join(30)
+    assert order == ["first", "second"]

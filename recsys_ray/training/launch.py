@@ -41,6 +41,7 @@ from recsys_ray.training.trackers import followed
 log = logging.getLogger(__name__)
 
 TASK_CPUS = 0.9
+WAIT_S = 3600.0     # for another run that makes the same shards
 
 
 class _Entries(Config):
@@ -141,7 +142,9 @@ def _tokenised(config: FinetuneBgeConfig, pairs: Artifact) -> Artifact:
                        "settings": settings.identity()})
     if (done := find_artifact(root, pair_shards.KIND, key)) is not None:
         return done
-    with stage(root, pair_shards.KIND, key) as staging:
+    with stage(root, pair_shards.KIND, key, WAIT_S) as staging:
+        if (done := find_artifact(root, pair_shards.KIND, key)) is not None:
+            return done     # made by a run beside this one, with the same shards
         sweep_staging(root, key)
         names = [name for split in pair_shards.SPLITS for name in pairs.names(f"pairs/{split}/")]
         todo = [name for name in names if _finished(staging.path, _shard_name(name)) is None]

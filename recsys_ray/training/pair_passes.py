@@ -39,6 +39,7 @@ from recsys_ray.training.teacher import PAIRS_KIND, ScorePairsConfig
 log = logging.getLogger(__name__)
 
 ACTOR_CPUS = 0.9        # below 1, so that a pool as large as the machine leaves room for other tasks
+WAIT_S = 3600.0         # for another run that makes the same vectors
 ACTOR_RESTARTS = 3      # a file that kills its process must end the run one day
 
 Write = Callable[[pa.Table, Path, str], list[FileEntry]]    # (a file of pairs, staging, its name) -> what was written
@@ -73,7 +74,9 @@ def guide_vectors(config: FinetuneBgeConfig, pairs: Artifact) -> Artifact:
     key = fingerprint({"pairs": pairs.manifest.fingerprint, "version": pairs.manifest.version, "guide": identity})
     if (done := find_artifact(root, guide.KIND, key)) is not None:
         return done
-    with stage(root, guide.KIND, key) as staging:
+    with stage(root, guide.KIND, key, WAIT_S) as staging:
+        if (done := find_artifact(root, guide.KIND, key)) is not None:
+            return done     # made by a run beside this one, with the same shards
         sweep_staging(root, key)
         one = _Pass(_guide_writer, config.guide.model_dump(mode="json"), *_named(pairs), str(staging.path))
         files = _over_files(one, pairs.names("pairs/train/"), config.workers.count,

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from recsys_ray.artifacts import Artifact
+from recsys_ray.artifacts import Artifact, stage
+from recsys_ray.config import Config
 from recsys_ray.data.negatives import ceiling
 from recsys_ray.data.pairs import PairError
 from recsys_ray.data.pipeline import PrepareConfig, prepare
@@ -170,3 +171,10 @@ def test_what_was_not_made_from_one_another_is_refused(
     with pytest.raises(PairError, match="make both from the same products"):
         mine_negatives(config_for(shop, tmp_path / "x", pairs=tmp_path / "pairs"))
     assert (root / "index").is_dir()
+
+
+def test_pairs_with_a_teachers_scores_are_refused(shop: Any, tmp_path: Path) -> None:
+    with stage(tmp_path / "scored", "pairs", "one") as staging:
+        staging.commit([], config=Config(), facts={"teacher": {}})
+    with pytest.raises(PairError, match="then score the mined ones"):
+        mine_negatives(config_for(shop, tmp_path / "x", pairs=tmp_path / "scored"))
