@@ -11,9 +11,9 @@ import numpy.typing as npt
 from pydantic import model_validator
 
 from recsys_ray.config import Config
-from recsys_ray.models.cross_encoder import CrossEncoder, CrossEncoderConfig
-from recsys_ray.models.registry import build_text_encoder
-from recsys_ray.models.sentence_layout import CROSS_ENCODER_KIND, ENCODER_KIND, find_model, read_pair_layout
+from recsys_ray.models.cross_encoder import CrossEncoderConfig, cross_encoder_identity
+from recsys_ray.models.registry import build_cross_encoder, build_text_encoder
+from recsys_ray.models.sentence_layout import CROSS_ENCODER_KIND, ENCODER_KIND, find_model
 from recsys_ray.models.text_encoder import TextEncoder, TextEncoderConfig, encoder_identity
 
 Floats = npt.NDArray[np.float32]
@@ -52,10 +52,8 @@ class PairScorerConfig(Config):
         if self.encoder is not None:
             return {"kind": "encoder", "dtype": self.encoder.dtype, **encoder_identity(self.encoder)}
         assert self.cross_encoder is not None
-        layout = read_pair_layout(find_model(self.cross_encoder.model, CROSS_ENCODER_KIND))
-        return {"kind": "cross_encoder", "weights_sha256": layout.weights_sha256(),
-                "tokenizer_sha256": layout.tokenizer_sha256(),
-                **self.cross_encoder.model_dump(mode="json", include={"max_tokens", "max_chars", "dtype"})}
+        return {"kind": "cross_encoder", "dtype": self.cross_encoder.dtype,
+                **cross_encoder_identity(self.cross_encoder)}
 
 
 class EncoderScorer:
@@ -76,4 +74,4 @@ def build_pair_scorer(config: PairScorerConfig) -> PairScorer:
     if config.encoder is not None:
         return EncoderScorer(build_text_encoder(config.encoder))
     assert config.cross_encoder is not None
-    return CrossEncoder(config.cross_encoder)
+    return build_cross_encoder(config.cross_encoder)

@@ -14,7 +14,9 @@ from small_pairs import pair_rows, table, write_pairs
 from recsys_ray.artifacts import Artifact, open_artifact, stage
 from recsys_ray.config import Config
 from recsys_ray.data.pairs import PairError
+from recsys_ray.models.cross_encoder import CrossEncoderConfig
 from recsys_ray.models.pair_scorer import PairScorerConfig, build_pair_scorer
+from recsys_ray.models.registry import build_cross_encoder
 from recsys_ray.models.text_encoder import TextEncoderConfig
 from recsys_ray.training import teacher
 from recsys_ray.training.bge import FinetuneBgeConfig
@@ -149,6 +151,17 @@ def test_a_training_learns_from_the_scores(config: ScorePairsConfig, model: Path
         assert losses(config.output, other, f"other-{kind}", kind=kind, weight=1e4)[0] > plain[0] + 1e-3
     with pytest.raises(TeacherError, match="score_pairs"):
         losses(config.pairs, model, "none", kind="kl")
+
+
+def test_a_cross_encoder_can_be_the_teacher(config: ScorePairsConfig, tiny_pair_model: TinyModel) -> None:
+    settings = {"model": str(tiny_pair_model("bert")), "device": "cpu", "dtype": "float32"}
+    chosen = PairScorerConfig.model_validate({"cross_encoder": settings})
+    artifact = scored_by(config.replace(teacher=chosen.model_dump()))
+    assert artifact.manifest.facts["teacher"]["identity"]["kind"] == "cross_encoder"
+    rows = artifact.table("pairs/train/bucket-00001.parquet")
+    wanted = build_cross_encoder(CrossEncoderConfig.model_validate(settings)).score(
+        rows["query"].to_pylist(), rows["text"].to_pylist())
+    np.testing.assert_allclose(rows["teacher_positive"].to_numpy(), wanted, atol=1e-5)
 
 
 def test_a_teacher_judged_against_another_student_is_refused(model: Path, tiny_text_model: TinyModel) -> None:
