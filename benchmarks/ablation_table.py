@@ -16,6 +16,7 @@ Cells = Mapping[str, Mapping[str, Mapping[str, Any]]]     # shop -> "row/seed" -
 METRICS: dict[str, Callable[[Floats], Floats]] = {
     "recall1": lambda rank: (rank <= 1).astype(float), "recall10": lambda rank: (rank <= 10).astype(float),
     "recall100": lambda rank: (rank <= 100).astype(float), "mrr": lambda rank: 1 / rank}
+KINDS = ("dense", "hybrid", "all")      # all: of rows with token weights and token vectors only
 UNTRAINED = ("popularity", "bm25", "oracle")
 RESAMPLING = Resampling(samples=2000, permutations=2000)
 
@@ -33,11 +34,13 @@ def summary(cells: Cells, source: str, ours: str, null_shop: str | None) -> tupl
         ranks = {name: [np.array(made["base/0"]["ranks"][name], float)] for name in UNTRAINED}
         for row in ("base", *rows):
             of_seeds = [made[name]["ranks"] for name in trained[row]]
-            for kind in ("dense", "hybrid"):
+            for kind in (one for one in KINDS if one in of_seeds[0]):
                 ranks[f"{row} {kind}"] = [np.array(one[kind], float) for one in of_seeds]
         units = Units.of(asked["product"], asked["user"])
         gains = {f"{row} {kind} against {name} {kind}": _gains(ranks[f"{row} {kind}"], ranks[f"{name} {kind}"], units)
                  for kind in ("dense", "hybrid") for name in ("base", source) for row in rows if row != name}
+        gains |= {f"{row} all against {name} hybrid": _gains(ranks[f"{row} all"], ranks[f"{name} hybrid"], units)
+                  for row in rows if f"{row} all" in ranks for name in dict.fromkeys(("base", source, ours, row))}
         gains[f"{ours} hybrid against {source} dense"] = _gains(ranks[f"{ours} hybrid"], ranks[f"{source} dense"],
                                                                 units)
         tables[shop] = {"products": made["base/0"]["products"], "queries": len(asked["cold"]),

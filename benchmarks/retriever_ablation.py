@@ -31,6 +31,7 @@ from retriever_ranks import (
     read_catalogue,
     read_queries,
 )
+from signal_ranks import SignalsConfig, signal_ranks
 
 from recsys_ray.artifacts import open_artifact
 from recsys_ray.config import Config, fingerprint, main
@@ -41,6 +42,7 @@ from recsys_ray.data.pairs import PairsConfig
 from recsys_ray.data.training_pairs import MakePairsConfig, make_pairs
 from recsys_ray.evaluation.results import write_result
 from recsys_ray.flow import FlowConfig, ensure_index
+from recsys_ray.models.bge_m3 import BgeM3Encoder
 from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.text_encoder import TextEncoderConfig
 from recsys_ray.retrieval.fusion import FusionConfig
@@ -59,6 +61,7 @@ class Row(Config):
     pairs: PairsConfig = PairsConfig()
     negatives: NegativesConfig | None = None                    # mined with the base model
     finetune: dict[str, Any] = Field(default_factory=dict)      # keys of FinetuneBgeConfig, nested
+    signals: SignalsConfig | None = None                        # trains BGE-M3's heads too, and also ranks by them
 
 
 class JobConfig(Config):
@@ -166,11 +169,16 @@ def _training_pairs(config: JobConfig, shop: str, row: Row) -> Path:
 # --- one cell -------------------------------------------------------------------------------------
 def _identity(config: JobConfig, shop: str, row: str, seed: str) -> dict[str, Any]:
     """What a cell's figures depend on; a file with another one is made again."""
-    settings = None if row == BASE else config.rows[row].model_dump(mode="json")
+    settings = None if row == BASE else _row_identity(config.rows[row])
     return {"shop": config.shops[shop].identity(), "generator": [GENERATOR_VERSION, generator_hash()], "row": settings,
             "common": config.finetune, "encoder": config.encoder.model_dump(mode="json"), "queries": config.queries,
             "cpu_seconds": config.rate_cpu_seconds if seed.startswith("rate") else config.cpu_seconds,
             "rates": list(config.rates), "seed": seed}
+
+
+def _row_identity(row: Row) -> dict[str, Any]:
+    """The row's settings; signals only where there are any, so that cells of other rows stay what they are."""
+    return row.model_dump(mode="json", exclude={"signals"} if row.signals is None else None)
 
 
 def is_made(config: JobConfig, shop: str, row: str, seed: str) -> bool:
@@ -196,12 +204,19 @@ def _make_cell(config: JobConfig, shop: str, row: str, seed: str) -> None:
         catalogue = read_catalogue(flow.prepare.output)
         asked = read_queries(flow.prepare.output, config.work / shop / "shop" / "truth", "test", config.queries, 7,
                              catalogue)
-        encoder = build_text_encoder(config.encoder.replace(model=model))
-        document |= {"products": len(catalogue.texts),
-                     "ranks": encoder_ranks(encoder, catalogue, asked, FusionConfig())}
+        document |= {"products": len(catalogue.texts), "ranks": _ranks(config, row, model, catalogue, asked)}
         if row == BASE:
             document |= {"asked": asked.as_table(), "ranks": document["ranks"] | _untrained(catalogue, asked)}
     write_cell(cell_file(config, shop, row, seed), _identity(config, shop, row, seed), document)
+
+
+def _ranks(config: JobConfig, row: str, model: str, catalogue: Catalogue, asked: Asked) -> dict[str, list[int]]:
+    signals = None if row == BASE else config.rows[row].signals
+    if signals is None:
+        encoder = build_text_encoder(config.encoder.replace(model=model))
+        return encoder_ranks(encoder, catalogue, asked, FusionConfig())
+    whole = BgeM3Encoder(config.encoder.replace(model=model, sparse=True, multi_vector=True))
+    return signal_ranks(whole, catalogue, asked, FusionConfig(), signals)
 
 
 def _untrained(catalogue: Catalogue, asked: Asked) -> dict[str, list[int]]:
@@ -224,9 +239,11 @@ def _train(config: JobConfig, shop: str, row: str, rate: float, seed: int, cpu_s
     settings = config.rows[row]
     output = config.work / shop / "encoders" / row / f"{seed}-{rate:g}-{cpu_seconds:g}"
     recipe = merged(config.finetune, settings.finetune)
+    heads = settings.signals is not None
+    encoder = config.encoder.replace(sparse=heads, multi_vector=heads)
     artifact = finetune_bge(FinetuneBgeConfig.model_validate(merged(recipe, {
         "pairs": _training_pairs(config, shop, settings), "output": output, "seed": seed,
-        "encoder": config.encoder.model_dump(), "optim": {"learning_rate": rate}, "max_cpu_seconds": cpu_seconds})))
+        "encoder": encoder.model_dump(), "optim": {"learning_rate": rate}, "max_cpu_seconds": cpu_seconds})))
     return str(open_artifact(output, "encoder").path / "encoder"), dict(artifact.manifest.facts)
 
 

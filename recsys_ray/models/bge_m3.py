@@ -2,7 +2,8 @@
 
 Chen et al., "BGE M3-Embedding", arXiv 2402.03216, section 3.2; H are the last layer's states:
 
-* dense: H of the first token, unit length; a score is the inner product.
+* dense: H of the first token (the mean over all tokens where the model says so), unit length; a score
+  is the inner product.
 * sparse: relu(w . H_t + b) is the weight of token t, the largest where it comes several times, 0 for
   special tokens; a score is the sum over shared tokens of the product of both weights.
 * multi-vector: W H_t + b at unit length for every token but the first; a score is the mean over the
@@ -25,7 +26,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from recsys_ray.models.bge_m3_heads import BgeM3Heads
-from recsys_ray.models.sentence_layout import EncoderError
+from recsys_ray.models.sentence_layout import EncoderError, SentenceLayout
 from recsys_ray.models.text_encoder import (
     PackedRunner,
     TextEncoder,
@@ -47,10 +48,10 @@ class BgeM3Encoder(TextEncoder):
 
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__(config)
-        if not isinstance(self._runner, PackedRunner) or self.layout.pooling != "cls":
-            raise EncoderError(f"{self.layout.root}: token weights and vectors need a packed body with CLS pooling: "
-                               f"{self.layout.not_packed or f'this one is pooled by {self.layout.pooling}'}; "
-                               "turn off encoder.sparse and encoder.multi_vector, and backend=sentence_transformers")
+        if not isinstance(self._runner, PackedRunner):
+            raise EncoderError(f"{self.layout.root}: token weights and vectors need a packed body"
+                               f"{f': {self.layout.not_packed}' if self.layout.not_packed else ''}; "
+                               "turn off encoder.sparse and encoder.multi_vector, or backend=sentence_transformers")
         self._packed = self._runner
         self.heads = BgeM3Heads.load(self.layout.root, self.dimension, sparse=config.sparse, multi=config.multi_vector)
         self.heads.to(self.device).requires_grad_(False)
@@ -128,6 +129,13 @@ def _exact(states: Tensor) -> Tensor:
     return states if states.dtype == torch.float64 else states.float()
 
 
+def _mean_states(hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
+    sizes = torch.tensor(lengths, device=hidden_TD.device)
+    texts = torch.repeat_interleave(torch.arange(len(lengths), device=hidden_TD.device), sizes)
+    exact_TD = _exact(hidden_TD)
+    return exact_TD.new_zeros(len(lengths), exact_TD.shape[1]).index_add(0, texts, exact_TD) / sizes[:, None]
+
+
 # --- training -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TokenStates:
@@ -144,30 +152,47 @@ class TokenStates:
 class BgeM3(nn.Module):
     """A body with both heads, to be trained. `body` gives `hidden_states(token_ids) -> ((T, D), lengths)`."""
 
-    def __init__(self, body: Any, heads: BgeM3Heads, special_ids: Sequence[int]) -> None:
+    def __init__(self, body: Any, heads: BgeM3Heads, special_ids: Sequence[int], pooling: str = "cls") -> None:
         super().__init__()
-        self.body, self.heads, self.special_ids = body, heads, tuple(special_ids)
+        self.body, self.heads, self.special_ids, self.pooling = body, heads, tuple(special_ids), pooling
 
     @classmethod
     def load(cls, config: TrainableConfig, new_heads: int | None = None) -> Self:
-        """The model of `config` to be trained; with `new_heads` random heads, token vectors of that size.
+        """The model of `config` to be trained; with `new_heads` heads made from its body, token vectors of that size.
 
-        Errors: `EncoderError` when a head is missing and none is to be made, when one is there although
-        new ones are to be made, and where the body is not pooled by its first token.
+        Errors: `EncoderError` when a head is missing and none is to be made, and when one is there although
+        new ones are to be made.
         """
         from recsys_ray.models.trainable_bert import TrainableBert
 
         body = TrainableBert.load(config)
         layout = body.layout
-        if layout.pooling != "cls":
-            raise EncoderError(f"{layout.root}: is pooled by {layout.pooling}; BGE-M3's dense vector is the first "
-                               "token's: start from a model with CLS pooling")
         if new_heads is not None and BgeM3Heads.there(layout.root):
             raise EncoderError(f"{layout.root}: has heads already; leave new_heads out to train them further")
         heads = (BgeM3Heads.load(layout.root, layout.dimension) if new_heads is None
                  else BgeM3Heads.new(layout.dimension, new_heads))
         special_ids = load_tokenizer(layout, layout.max_tokens or 3)[1]
-        return cls(body, heads.to(body.device), special_ids)
+        return cls(body, heads.to(body.device), special_ids, layout.pooling)
+
+    @property
+    def layout(self) -> SentenceLayout:
+        """Where the model came from."""
+        layout: SentenceLayout = self.body.layout
+        return layout
+
+    @property
+    def dtype(self) -> str:
+        """The type of the body's products."""
+        return str(self.body.dtype)
+
+    @property
+    def dropout_seed(self) -> int:
+        """What the body's dropout is a function of, beside the text."""
+        return int(self.body.dropout_seed)
+
+    @dropout_seed.setter
+    def dropout_seed(self, seed: int) -> None:
+        self.body.dropout_seed = seed
 
     def forward(self, token_ids: TokenIds) -> TokenStates:
         """Vectors, token weights and token vectors of N tokenised texts, in their order."""
@@ -177,11 +202,12 @@ class BgeM3(nn.Module):
         ordinary = torch.from_numpy(~np.isin(tokens, self.special_ids)).to(hidden_TD.device)
         firsts = torch.from_numpy(ends - np.asarray(lengths)).to(hidden_TD.device)
         others = _without_first(lengths).to(hidden_TD.device)
+        dense_ND = _exact(hidden_TD[firsts]) if self.pooling == "cls" else _mean_states(hidden_TD, lengths)
         return TokenStates(
-            F.normalize(_exact(hidden_TD[firsts]), dim=-1), self.heads.token_weights(hidden_TD) * ordinary, tokens,
+            F.normalize(dense_ND, dim=-1), self.heads.token_weights(hidden_TD) * ordinary, tokens,
             list(lengths), self.heads.token_vectors(hidden_TD[others]), [length - 1 for length in lengths])
 
-    def save(self, root: Path) -> None:
-        """Write the body as a sentence-transformers folder and the heads beside it."""
-        self.body.save(root)
+    def save(self, root: Path, card: str = "", prompts: dict[str, str] | None = None) -> None:
+        """Write the body as a sentence-transformers folder (as `TrainableBert.save`) and the heads beside it."""
+        self.body.save(root, card, prompts)
         self.heads.save(root)

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from recsys_ray.models.sentence_layout import MULTI_HEAD, SPARSE_HEAD, EncoderError, head_file
 
+FIRST_WEIGHT = 0.2      # about what BGE-M3 gives a word that matters
+RIDGE = 1e-2            # of the mean square of a state's coordinate
+
 
 class BgeM3Heads(nn.Module):
     """The heads that are there; both compute in their own type, float32, whatever the body's."""
@@ -27,8 +30,36 @@ class BgeM3Heads(nn.Module):
 
     @classmethod
     def new(cls, dimension: int, multi_dimension: int | None = None) -> Self:
-        """Random heads for a body of `dimension`, as a first training starts from."""
-        return cls(nn.Linear(dimension, 1), nn.Linear(dimension, multi_dimension or dimension))
+        """Heads for a body of `dimension` that has none, as a first training starts from.
+
+        Token vectors are the body's own states, or an orthogonal projection of them to `multi_dimension`;
+        all tokens weigh the same until `fit_sparse`.
+        """
+        sparse, multi = nn.Linear(dimension, 1), nn.Linear(dimension, multi_dimension or dimension)
+        nn.init.zeros_(sparse.weight)
+        nn.init.constant_(sparse.bias, FIRST_WEIGHT)    # above 0: the gradient of a ReLU at rest is 0 for ever
+        if multi.in_features == multi.out_features:
+            nn.init.eye_(multi.weight)
+        else:
+            nn.init.orthogonal_(multi.weight)
+        nn.init.zeros_(multi.bias)
+        return cls(sparse, multi)
+
+    @torch.no_grad()
+    def fit_sparse(self, hidden_TD: Tensor, weights_T: Tensor) -> None:
+        """Set the sparse head to the ridge regression of `weights_T`, the wanted weights of T tokens, on their states.
+
+        Where the states say little about the weights it comes near to their mean.
+        """
+        assert self.sparse_linear is not None
+        hidden_TD, weights_T = hidden_TD.double(), weights_T.double()
+        middle_D, mean = hidden_TD.mean(dim=0), weights_T.mean()
+        centred_TD = hidden_TD - middle_D
+        square_DD = centred_TD.T @ centred_TD
+        square_DD.diagonal().add_(RIDGE * square_DD.diagonal().mean() + torch.finfo(torch.float64).tiny)
+        found_D = torch.linalg.solve(square_DD, centred_TD.T @ (weights_T - mean))
+        self.sparse_linear.weight.copy_(found_D[None, :])
+        self.sparse_linear.bias.copy_(mean - middle_D @ found_D)
 
     @classmethod
     def load(cls, root: Path, dimension: int, *, sparse: bool = True, multi: bool = True) -> Self:

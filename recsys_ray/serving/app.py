@@ -32,6 +32,7 @@ from recsys_ray.artifacts import Manifest, open_artifact
 from recsys_ray.config import Config, ConfigError
 from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.text_encoder import TextEncoder, TextEncoderConfig, encoder_identity
+from recsys_ray.models.token_signals import Encoding
 from recsys_ray.retrieval.retriever import RetrieverConfig
 from recsys_ray.retrieval.segments import Index, open_index
 from recsys_ray.runtime import RayConfig, connected
@@ -39,7 +40,16 @@ from recsys_ray.serving.api import Limits
 from recsys_ray.serving.gateway import EncoderCalls, Gateway, ShardCalls
 from recsys_ray.serving.limits import api_key_digest
 from recsys_ray.serving.loading import Background, PartStatus
-from recsys_ray.serving.recommender import NoVector, Query, Row, ShardAnswer, Vector, ask_shard, encode_each
+from recsys_ray.serving.recommender import (
+    NoEncoding,
+    Query,
+    Row,
+    ShardAnswer,
+    ask_shard,
+    document_encoding,
+    encode_each,
+    query_encoding,
+)
 from recsys_ray.serving.routes import create_api
 
 log = logging.getLogger(__name__)
@@ -76,9 +86,11 @@ class ServeConfig(Config):
     def _parts_fit(self) -> Self:
         if self.encoder is None and self.retriever.mode != "bm25":
             raise ValueError(f"retriever.mode {self.retriever.mode!r} needs an encoder; name one or use bm25")
-        if self.retriever.asks_signals:
-            raise ValueError("retriever.fusion: the service has dense and BM25 scores; sparse_weight and multi_weight "
-                             "must be 0 here, and are for batch retrieval")
+        if self.retriever.asks_signals and self.encoder is not None:
+            for name, option in (("sparse", "sparse"), ("multi", "multi_vector")):
+                if getattr(self.retriever.fusion, f"{name}_weight") > 0 and not getattr(self.encoder, option):
+                    raise ValueError(f"retriever.fusion.{name}_weight is above 0, but encoder.{option} is not set; set "
+                                     "it, here and for the embeddings, or give it no weight")
         if self.retriever.depth < self.limits.max_window:
             raise ValueError(f"retriever.depth {self.retriever.depth} is smaller than limits.max_window "
                              f"{self.limits.max_window}: the last pages would be empty; raise depth")
@@ -90,10 +102,11 @@ class ServeError(ValueError):
 
 
 class EncoderReplica:
-    """Texts -> vectors, several requests at a time."""
+    """Texts -> vectors and, for queries whose retrieval weighs them, signals; several requests at a time."""
 
-    def __init__(self, config: TextEncoderConfig, built_with: dict[str, Any], batch_size: int,
-                 batch_wait_ms: float) -> None:
+    def __init__(self, config: TextEncoderConfig, built_with: dict[str, Any], retriever: RetrieverConfig,
+                 batch_size: int, batch_wait_ms: float) -> None:
+        self._retriever = retriever
         self._encoder: Background[TextEncoder] = Background("encoder", lambda: _load_encoder(config, built_with))
         batched: Any
         for batched in (self.query, self.document):  # the decorator gives them these methods
@@ -101,14 +114,15 @@ class EncoderReplica:
             batched.set_batch_wait_timeout_s(batch_wait_ms / 1000)
 
     @serve.batch
-    async def query(self, texts: list[str]) -> list[Vector | NoVector]:
-        """A query's vector."""
-        return await asyncio.to_thread(encode_each, self._encoder.get().encode_queries, texts)
+    async def query(self, texts: list[str]) -> list[Encoding | NoEncoding]:
+        """What the shards are asked with for a query."""
+        return await asyncio.to_thread(encode_each, partial(query_encoding, self._encoder.get(), self._retriever),
+                                       texts)
 
     @serve.batch
-    async def document(self, texts: list[str]) -> list[Vector | NoVector]:
-        """A product text's vector."""
-        return await asyncio.to_thread(encode_each, self._encoder.get().encode_documents, texts)
+    async def document(self, texts: list[str]) -> list[Encoding | NoEncoding]:
+        """What the shards are asked with for products like one of this text."""
+        return await asyncio.to_thread(encode_each, partial(document_encoding, self._encoder.get()), texts)
 
     async def status(self) -> PartStatus:
         """Whether the model is loaded."""
@@ -122,9 +136,9 @@ class ShardReplica:
         self._index: Background[Index] = Background(
             f"shard {number}", lambda: open_index(root, version=version, segments=segments))
 
-    async def search(self, query: Query, vector: Vector | None) -> ShardAnswer:
+    async def search(self, query: Query, encoding: Encoding | None) -> ShardAnswer:
         """The best candidates of these segments."""
-        return await asyncio.to_thread(ask_shard, self._index.get(), query, vector)
+        return await asyncio.to_thread(ask_shard, self._index.get(), query, encoding)
 
     async def product(self, product_id: str) -> Row | None:
         """The product, if it is in these segments."""
@@ -198,8 +212,8 @@ def build_app(config: ServeConfig | dict[str, Any]) -> serve.Application:
         number, str(root), manifest.version, segments) for number, segments in enumerate(parts)]
     encoder = None if config.encoder is None else _deployment(
         EncoderReplica, "encoder", config.encoder_replicas, config.encoder_cpus, config.encoder_gpus,
-        max_ongoing_requests=4 * config.batch_size).bind(config.encoder, built_with, config.batch_size,
-                                                         config.batch_wait_ms)
+        max_ongoing_requests=4 * config.batch_size).bind(config.encoder, built_with, config.retriever,
+                                                         config.batch_size, config.batch_wait_ms)
     gateway = _deployment(serve.ingress()(GatewayReplica), "gateway", config.gateway_replicas, config.gateway_cpus)
     return gateway.bind(shards, encoder, config, manifest.version, key_sha256)
 

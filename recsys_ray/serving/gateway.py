@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from recsys_ray.models.token_signals import Encoding
 from recsys_ray.retrieval.retriever import RetrieverConfig
 from recsys_ray.serving.api import (
     ProductResponse,
@@ -24,11 +25,10 @@ from recsys_ray.serving.api import (
 from recsys_ray.serving.errors import ApiError
 from recsys_ray.serving.loading import PartStatus
 from recsys_ray.serving.recommender import (
-    NoVector,
+    NoEncoding,
     Query,
     Row,
     ShardAnswer,
-    Vector,
     page,
     rank,
     search_query,
@@ -45,17 +45,17 @@ T = TypeVar("T")
 class ShardCalls:
     """What a shard can be asked; each call may be repeated without harm."""
 
-    search: Callable[[Query, Vector | None], Awaitable[ShardAnswer]]
+    search: Callable[[Query, Encoding | None], Awaitable[ShardAnswer]]
     product: Callable[[str], Awaitable[Row | None]]
     status: Callable[[], Awaitable[PartStatus]]
 
 
 @dataclass(frozen=True)
 class EncoderCalls:
-    """What the encoder can be asked; a text that cannot be encoded comes back as `NoVector`."""
+    """What the encoder can be asked; a text that cannot be encoded comes back as `NoEncoding`."""
 
-    query: Callable[[str], Awaitable[Vector | NoVector]]
-    document: Callable[[str], Awaitable[Vector | NoVector]]
+    query: Callable[[str], Awaitable[Encoding | NoEncoding]]
+    document: Callable[[str], Awaitable[Encoding | NoEncoding]]
     status: Callable[[], Awaitable[PartStatus]]
 
 
@@ -87,9 +87,9 @@ class Gateway:
         """One page of answers to a query."""
         stages = Stages()
         query = search_query(request, self.config)
-        vector = await self._vector(query.text, document=False) if self.encoder is not None else None
+        encoding = await self._encoding(query.text, document=False) if self.encoder is not None else None
         stages.done("encode")
-        answers = await self._ask_all(lambda shard: shard.search(query, vector))
+        answers = await self._ask_all(lambda shard: shard.search(query, encoding))
         stages.done("shards")
         found = page(rank(answers, query), request)
         stages.done("rank")
@@ -108,9 +108,9 @@ class Gateway:
         row, _ = await self._find(product_id)
         stages.done("product")
         query = similar_query(row, k, self.config, dense=self.encoder is not None)
-        vector = await self._vector(query.text, document=True) if self.encoder is not None else None
+        encoding = await self._encoding(query.text, document=True) if self.encoder is not None else None
         stages.done("encode")
-        answers = await self._ask_all(lambda shard: shard.search(query, vector))
+        answers = await self._ask_all(lambda shard: shard.search(query, encoding))
         stages.done("shards")
         items = similar_hits(rank(answers, query), product_id, k)
         stages.done("rank")
@@ -129,16 +129,16 @@ class Gateway:
                              shards_ready=sum(part.ready for part in shards), shards_total=len(shards),
                              encoder_ready=all(part.ready for part in parts[len(shards):]))
 
-    async def _vector(self, text: str, document: bool) -> Vector:
+    async def _encoding(self, text: str, document: bool) -> Encoding:
         assert self.encoder is not None
         call = self.encoder.document if document else self.encoder.query
-        vector = (await _within(self.deadline_s, [call(text)]))[0]
-        if isinstance(vector, NoVector) and vector.bad_text:
+        encoding = (await _within(self.deadline_s, [call(text)]))[0]
+        if isinstance(encoding, NoEncoding) and encoding.bad_text:
             raise ApiError(422, "unencodable", "the text cannot be encoded", "query")
-        if isinstance(vector, NoVector | BaseException):
-            log.warning("no vector: %r", vector)
+        if isinstance(encoding, NoEncoding | BaseException):
+            log.warning("no encoding: %r", encoding)
             raise ApiError(503, "encoder_unavailable", "the text encoder did not answer")
-        return vector
+        return encoding
 
     async def _find(self, product_id: str) -> tuple[Row, int]:
         answers = await self._ask_all(lambda shard: shard.product(product_id))

@@ -14,20 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from recsys_ray.data.preprocess import clean_query
 from recsys_ray.models.text_encoder import TextEncoder
+from recsys_ray.models.token_signals import Encoding
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.fusion import ranking
-from recsys_ray.retrieval.retriever import RetrieverConfig, score_hits
+from recsys_ray.retrieval.retriever import RetrieverConfig, asked_signals, score_hits
 from recsys_ray.retrieval.segments import Index, SegmentHits, merge_hits
 from recsys_ray.serving.api import Hit, Product, SearchRequest, Sort
 from recsys_ray.serving.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-Vector = npt.NDArray[np.float32]
 Row = dict[str, Any]            # one product with the columns of the index's rows
 CARD = ("row_id", "product_id", "title", "brand", "category", "price_cents", "rating_mean", "num_reviews", "image_url")
 
@@ -50,8 +49,8 @@ class ShardAnswer:
 
 
 @dataclass(frozen=True)
-class NoVector:
-    """In the place of the vector of a text that could not be encoded."""
+class NoEncoding:
+    """In the place of the encoding of a text that could not be encoded."""
 
     reason: str
     bad_text: bool      # else it is the encoder's failure, and the same text may succeed later
@@ -83,13 +82,16 @@ def similar_query(row: Row, k: int, config: RetrieverConfig, *, dense: bool) -> 
     return Query(text or row["title"] or row["product_id"], config.replace(mode=mode, depth=k + 1))
 
 
-def ask_shard(index: Index, query: Query, vector: Vector | None) -> ShardAnswer:
-    """The best candidates among the index's segments, with their cards."""
+def ask_shard(index: Index, query: Query, encoding: Encoding | None) -> ShardAnswer:
+    """The best candidates among the index's segments, with their cards; `encoding` is that of the one query."""
     dense = query.config.mode != "bm25"
-    if dense and vector is None:
+    if dense and encoding is None:
         raise ValueError(f"mode {query.config.mode!r} needs the query's vector")
-    hits = index.search(vector[None, :] if dense and vector is not None else None,
-                        [query.text] if query.config.mode != "dense" else None, query.config.depth, query.filters)[0]
+    vectors, signals = None, None
+    if dense and encoding is not None:
+        vectors, signals = encoding.dense, asked_signals(encoding.signals, query.config)
+    hits = index.search(vectors, [query.text] if query.config.mode != "dense" else None, query.config.depth,
+                        query.filters, signals)[0]
     return ShardAnswer(hits, index.products(hits.row_ids, CARD))
 
 
@@ -154,21 +156,35 @@ def _shown(row: Row) -> dict[str, Any]:
             "image_url": row["image_url"]}
 
 
-def encode_each(encode: Callable[[Sequence[str]], Vector], texts: Sequence[str]) -> list[Vector | NoVector]:
-    """A vector, or why there is none, for each text: one bad text never costs the others theirs.
+def query_encoding(encoder: TextEncoder, config: RetrieverConfig, texts: Sequence[str]) -> Encoding:
+    """What the index is asked with for these queries: vectors, and signals only where they have a weight."""
+    return encoder.encode_all_queries(texts) if config.asks_signals else Encoding(encoder.encode_queries(texts))
+
+
+def document_encoding(encoder: TextEncoder, texts: Sequence[str]) -> Encoding:
+    """What the index is asked with for products like these: their vectors."""
+    return Encoding(encoder.encode_documents(texts))
+
+
+def encode_each(encode: Callable[[Sequence[str]], Encoding], texts: Sequence[str]) -> list[Encoding | NoEncoding]:
+    """The encoding of each text alone, or why there is none: one bad text never costs the others theirs.
 
     The batch is tried as a whole; when that fails, the texts are tried one by one. A `ValueError` or
-    a vector that is not finite is the text's fault.
+    numbers that are not finite are the text's fault.
     """
     try:
-        return [vector if np.isfinite(vector).all() else NoVector("its vector is not finite", bad_text=True)
-                for vector in encode(texts)]
+        found = encode(texts)
+        good = found.signals.finite(len(texts))
+        if found.dense is not None:
+            good &= np.isfinite(found.dense).all(axis=1)
+        return [found.take(np.array([place])) if good[place] else NoEncoding("it is not finite", bad_text=True)
+                for place in range(len(texts))]
     except Exception as error:
         if len(texts) > 1:
             log.warning("a batch of %d texts failed (%s); encoding them one by one", len(texts), type(error).__name__)
             return [answer for text in texts for answer in encode_each(encode, [text])]
         log.warning("a text of %d characters cannot be encoded", len(texts[0]), exc_info=True)
-        return [NoVector(type(error).__name__, bad_text=isinstance(error, ValueError))]
+        return [NoEncoding(type(error).__name__, bad_text=isinstance(error, ValueError))]
 
 
 class Recommender:
@@ -182,8 +198,8 @@ class Recommender:
     def search(self, request: SearchRequest) -> dict[str, Any]:
         """`items`, `candidates` and `facets` of one page."""
         query = search_query(request, self.config)
-        vector = self.encoder.encode_queries([query.text])[0] if self.encoder is not None else None
-        return page(rank([ask_shard(self.index, query, vector)], query), request)
+        encoding = None if self.encoder is None else query_encoding(self.encoder, self.config, [query.text])
+        return page(rank([ask_shard(self.index, query, encoding)], query), request)
 
     def product(self, product_id: str) -> Product | None:
         """One product, or None when the index has none of that id."""
@@ -196,5 +212,5 @@ class Recommender:
         if row is None:
             raise KeyError(product_id)
         query = similar_query(row, k, self.config, dense=self.encoder is not None)
-        vector = self.encoder.encode_documents([query.text])[0] if self.encoder is not None else None
-        return similar_hits(rank([ask_shard(self.index, query, vector)], query), product_id, k)
+        encoding = None if self.encoder is None else document_encoding(self.encoder, [query.text])
+        return similar_hits(rank([ask_shard(self.index, query, encoding)], query), product_id, k)

@@ -13,10 +13,12 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from recsys_ray.config import Config, fingerprint
+from recsys_ray.models.bge_m3_heads import BgeM3Heads
 from recsys_ray.models.sentence_layout import find_model
 from recsys_ray.models.text_encoder import TextEncoderConfig, encoder_identity
 from recsys_ray.models.trainable_bert import TrainableBert, TrainableConfig, TrainableOptions
 from recsys_ray.runtime import RayConfig
+from recsys_ray.training.bge_m3 import HeadsConfig
 from recsys_ray.training.contrastive import ContrastiveConfig, PairBatch, contrastive_backward
 from recsys_ray.training.distributed import rank, world_size
 from recsys_ray.training.guide import GuideVectors, guide_identity
@@ -52,6 +54,7 @@ class FinetuneBgeConfig(LoopConfig):
     negatives: int | None = Field(default=None, ge=0)   # hard ones of each pair; None: all it has
     guide: TextEncoderConfig | None = None          # takes out false negatives, from contrastive.guide_margin on
     contrastive: ContrastiveConfig = ContrastiveConfig()
+    heads: HeadsConfig = HeadsConfig()              # with encoder.sparse and encoder.multi_vector: all are trained
     sampler: SamplerConfig = SamplerConfig()
     validation: MiniCatalogueConfig = MiniCatalogueConfig()
     workers: WorkersConfig = WorkersConfig()
@@ -66,11 +69,22 @@ class FinetuneBgeConfig(LoopConfig):
         if self.workers.count > self.sampler.batch_size:
             raise ValueError(f"workers.count: {self.workers.count} workers for batches of {self.sampler.batch_size}")
         if self.encoder.sparse or self.encoder.multi_vector:
-            raise ValueError("encoder.sparse, encoder.multi_vector: this trains plain vectors; leave the heads off")
+            self._refuse_what_heads_cannot()
         if (self.guide is None) != (self.contrastive.guide_margin is None):
             raise ValueError("guide, contrastive.guide_margin: one says which encoder takes out false negatives, the "
                              "other from where on; give both or neither")
         return self
+
+    def _refuse_what_heads_cannot(self) -> None:
+        if not (self.encoder.sparse and self.encoder.multi_vector):
+            raise ValueError("encoder.sparse, encoder.multi_vector: the heads are trained together, each learns from "
+                             "both; set both or neither")
+        plain, found = ContrastiveConfig(), self.contrastive
+        for name in ("similarity", "in_batch", "hard_weight", "symmetric", "matryoshka", "guide_margin",
+                     "distillation"):
+            if getattr(found, name) != getattr(plain, name):
+                raise ValueError(f"contrastive.{name}: is for plain vectors; leave it out where encoder.sparse and "
+                                 "encoder.multi_vector are set")
 
     @property
     def shards_root(self) -> Path:
@@ -89,17 +103,25 @@ class FinetuneBgeConfig(LoopConfig):
 
     def shard_settings(self) -> ShardSettings:
         """How the pairs are tokenised."""
-        encoder = self.encoder.replace(device="cpu")
+        encoder = self.encoder.replace(device="cpu", sparse=False, multi_vector=False)
         return ShardSettings(encoder.model_dump(mode="json"), self.query_tokens, self.document_tokens)
+
+    def base_identity(self) -> dict[str, Any]:
+        """The identity of what the training starts from; heads that it has yet to make are no part of it."""
+        if self.encoder.sparse and not BgeM3Heads.there(find_model(self.encoder.model)):
+            return encoder_identity(self.encoder.replace(sparse=False, multi_vector=False))
+        return encoder_identity(self.encoder)
 
     def key(self, shards_fingerprint: str) -> str:
         """What the run is known by: everything that decides the trained weights."""
-        away = {"pairs", "output", "shards", "workers", "ray", "trackers", "checkpoint_every", "guide"}
-        values = self.model_dump(mode="json", exclude=away) | {"encoder": encoder_identity(self.encoder)}
+        away = {"pairs", "output", "shards", "workers", "ray", "trackers", "checkpoint_every", "guide", "heads"}
+        values = self.model_dump(mode="json", exclude=away) | {"encoder": self.base_identity()}
         if self.guide is not None:      # options that came later: a run without them keeps the key it had
             values["guide"] = guide_identity(self.guide)
         if not self.sampler.min_information:
             del values["sampler"]["min_information"]
+        if self.encoder.sparse:
+            values["heads"] = self.heads.model_dump(mode="json")
         return fingerprint({"stage": STAGE_VERSION, "shards": shards_fingerprint, "config": values,
                             "dtype": self.encoder.dtype})
 
@@ -168,13 +190,23 @@ def build_task(config: FinetuneBgeConfig, train: PairShards, valid: PairShards,
                device: Literal["auto", "cpu", "cuda"], guide: GuideVectors | None = None) -> BgeTask:
     """The task on this worker: the encoder is loaded; adapters start from the run's seed."""
     torch.manual_seed(config.seed)
-    encoder = config.encoder
-    model = TrainableBert.load(TrainableConfig(model=encoder.model, dtype=encoder.dtype, device=device,
-                                               similarity=encoder.similarity, **config.body.model_dump()))
-    if model.similarity != config.contrastive.similarity:
-        raise ValueError(f"contrastive.similarity: {config.contrastive.similarity}, but the encoder's vectors are "
-                         f"compared by {model.similarity}; set it, or encoder.similarity, to the same")
+    model = TrainableBert.load(trainable_config(config, device))
+    refuse_other_similarity(config, model.similarity)
     return BgeTask(config, model, train, valid, guide)
+
+
+def trainable_config(config: FinetuneBgeConfig, device: Literal["auto", "cpu", "cuda"]) -> TrainableConfig:
+    """Which body is trained on this worker, and how its passes are computed."""
+    encoder = config.encoder
+    return TrainableConfig(model=encoder.model, dtype=encoder.dtype, device=device, similarity=encoder.similarity,
+                           **config.body.model_dump())
+
+
+def refuse_other_similarity(config: FinetuneBgeConfig, similarity: str) -> None:
+    """Raise `ValueError` unless the loss compares vectors as the encoder's users will."""
+    if similarity != config.contrastive.similarity:
+        raise ValueError(f"contrastive.similarity: {config.contrastive.similarity}, but the encoder's vectors are "
+                         f"compared by {similarity}; set it, or encoder.similarity, to the same")
 
 
 def false_negative_share(batch: PairBatch) -> float:

@@ -123,7 +123,7 @@ class StepValues:
 
 
 @dataclass(frozen=True)
-class _Rng:
+class RandomState:
     """The state of torch's random numbers, to be returned to."""
 
     cpu: Tensor
@@ -131,7 +131,7 @@ class _Rng:
     cuda: Tensor | None
 
     @classmethod
-    def now(cls) -> _Rng:
+    def now(cls) -> RandomState:
         used = torch.cuda.is_available() and torch.cuda.is_initialized()    # type: ignore[no-untyped-call]
         device = torch.cuda.current_device() if used else None
         return cls(torch.get_rng_state(), device, None if device is None else torch.cuda.get_rng_state(device))
@@ -152,7 +152,7 @@ class _Chunk:
     encode: Encode
     tokens: Sequence[TokenIds]
     place: slice
-    rng: _Rng
+    rng: RandomState
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ def _chunks(encode_queries: Encode, encode_documents: Encode, batch: PairBatch, 
     for (encode, tokens), offset in zip(sides, (0, len(batch.query_tokens)), strict=True):
         for start in range(0, len(tokens), most):
             some = tokens[start: start + most]
-            yield _Chunk(encode, some, slice(offset + start, offset + start + len(some)), _Rng.now())
+            yield _Chunk(encode, some, slice(offset + start, offset + start + len(some)), RandomState.now())
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from recsys_ray.artifacts import Artifact, FileEntry, Manifest, Staging, write_t
 from recsys_ray.models.sentence_layout import ENCODER_FOLDER as FOLDER
 from recsys_ray.models.text_encoder import device_of, encoder_identity
 from recsys_ray.training.bge import BgeTask, FinetuneBgeConfig, WorkersConfig, build_task
+from recsys_ray.training.bge_m3_task import build_bge_m3_task
 from recsys_ray.training.distributed import rank, world_size
 from recsys_ray.training.guide import open_guide_vectors
 from recsys_ray.training.loop import Loop, LoopConfig, Progress, Report, RunFiles, best_weights
@@ -38,7 +39,8 @@ def train_worker(config: FinetuneBgeConfig, staging: str, shards_version: str, k
     train, valid = (open_pair_shards(config.shards_root, split, shards_version) for split in ("train", "valid"))
     guide = None if guide_version is None else open_guide_vectors(config.guide_root, guide_version)
     device = "cuda" if config.workers.gpus else device_of(config.encoder)
-    task = build_task(config, train, valid, device, guide)  # type: ignore[arg-type]
+    task = (build_bge_m3_task(config, train, valid, device) if config.encoder.sparse  # type: ignore[arg-type]
+            else build_task(config, train, valid, device, guide))   # type: ignore[arg-type]
     files = RunFiles(directory / "run")
     loop = Loop(task.task(), config, files, key, parameters_of(config), report)
     progress = loop.run()
@@ -59,7 +61,7 @@ def _write_encoder(config: FinetuneBgeConfig, task: BgeTask, files: RunFiles, di
     if best is not None:
         task.model.load_state_dict(best)
     values = asdict(progress) | {"train_pairs": len(task.train), "valid_pairs": len(task.valid),
-                                 "base": encoder_identity(config.encoder)}
+                                 "base": config.base_identity()}
     curve = read_curve(files.curve)
     prompts = {"query": config.encoder.query_prompt, "document": config.encoder.document_prompt}
     own = {"query": task.model.layout.query_prompt, "document": task.model.layout.document_prompt}

@@ -16,6 +16,7 @@ from recsys_ray.training.pair_shards import PairShards
 
 Tokens = npt.NDArray[np.int32]
 Ints = npt.NDArray[np.int64]
+Ranks = npt.NDArray[np.float64]
 TEXTS_AT_ONCE = 256
 QUERIES_AT_ONCE = 1024
 
@@ -40,23 +41,30 @@ class MiniCatalogue:
 
     def evaluate(self, encode: Callable[[Sequence[Tokens]], Tensor], cutoffs: Sequence[int]) -> dict[str, float]:
         """recall@k and mrr of the first product of the query's group, by the inner product of embeddings."""
-        ranks = self.ranks(encode)
-        found = {f"recall@{cutoff}": float((ranks <= cutoff).mean()) for cutoff in cutoffs}
-        return {**found, "mrr": float((1 / ranks).mean())}
+        return figures(self.ranks(encode), cutoffs)
 
     @torch.no_grad()
-    def ranks(self, encode: Callable[[Sequence[Tokens]], Tensor]) -> npt.NDArray[np.float64]:
+    def ranks(self, encode: Callable[[Sequence[Tokens]], Tensor]) -> Ranks:
         """The rank, from 1, of the best product that answers each query, (Q,); equal scores count against it."""
         query_QD, document_PD = (_embed(encode, texts) for texts in (self.queries, self.documents))
-        groups = torch.from_numpy(self.groups).to(query_QD.device)
-        answers = torch.from_numpy(self.answers).to(query_QD.device)
+        return self.ranks_by(lambda rows: query_QD[rows] @ document_PD.T)
+
+    def ranks_by(self, score: Callable[[slice], Tensor]) -> Ranks:
+        """As `ranks`, by the scores (q, P) that `score` gives for some of the queries."""
         found = []
-        for start in range(0, len(query_QD), QUERIES_AT_ONCE):
-            scores = query_QD[start:start + QUERIES_AT_ONCE] @ document_PD.T
+        for start in range(0, len(self.queries), QUERIES_AT_ONCE):
+            scores = score(slice(start, start + QUERIES_AT_ONCE))
+            groups, answers = (torch.from_numpy(one).to(scores.device) for one in (self.groups, self.answers))
             right = groups[None, :] == answers[start:start + QUERIES_AT_ONCE, None]
             best = scores.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True).values
             found.append(((scores >= best) & ~right).sum(dim=1) + 1)
         return np.asarray(torch.cat(found).cpu().numpy(), dtype=np.float64)
+
+
+def figures(ranks: Ranks, cutoffs: Sequence[int]) -> dict[str, float]:
+    """recall@k for each cutoff, and mrr."""
+    return {**{f"recall@{cutoff}": float((ranks <= cutoff).mean()) for cutoff in cutoffs},
+            "mrr": float((1 / ranks).mean())}
 
 
 def _embed(encode: Callable[[Sequence[Tokens]], Tensor], texts: Sequence[Tokens]) -> Tensor:

@@ -137,6 +137,10 @@ def _settings(config: FinetuneBgeConfig) -> str:
         "weight decay": optim.weight_decay, "longest query, product": f"{config.query_tokens}, "
         f"{config.document_tokens} tokens", "seed": config.seed,
         "adapters": "none" if config.body.lora is None else f"LoRA of rank {config.body.lora.rank}, merged"}
+    if config.encoder.sparse:
+        dense, sparse, multi = config.heads.ensemble
+        rows["heads"] = (f"token weights and token vectors, as BGE-M3's; together the score is {dense:g} dense + "
+                         f"{sparse:g} sparse + {multi:g} multi-vector")
     if config.guide is not None:
         rows["guide"] = (f"{_base(config.guide.model)} took out documents that it scores above the positive less "
                          f"{loss.guide_margin:g}")

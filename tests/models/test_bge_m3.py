@@ -152,13 +152,45 @@ def test_a_head_that_is_missing_or_wrong_is_refused(model: Path, name: str, harm
     assert name in str(raised.value)
 
 
-def test_heads_need_a_packed_body_with_cls_pooling(tiny_text_model: Callable[..., Path]) -> None:
+def test_heads_need_a_packed_body(tiny_text_model: Callable[..., Path]) -> None:
     root = tiny_text_model(body="xlm-roberta", pooling="mean")
     BgeM3Heads.new(32).save(root)
-    with pytest.raises(EncoderError, match="pooled by mean"):
-        build_text_encoder(config_of(root))
     with pytest.raises(EncoderError, match="backend"):
         build_text_encoder(config_of(root, backend="sentence_transformers"))
+
+
+def test_a_model_pooled_by_its_mean_keeps_its_own_vector(tiny_text_model: Callable[..., Path]) -> None:
+    root = tiny_text_model(body="bert", pooling="mean")
+    BgeM3Heads.new(32).save(root)
+    encoder = build_text_encoder(config_of(root))
+    assert isinstance(encoder, BgeM3Encoder)
+    plain = build_text_encoder(config_of(root, sparse=False, multi_vector=False)).encode_documents(TEXTS)
+    np.testing.assert_array_equal(encoder.encode(TEXTS).dense, plain)
+    ids = [np.array(one, np.int32) for one in _tokenised(root, TEXTS)]
+    trained = BgeM3.load(TrainableConfig(model=str(root), device="cpu", dtype="float32")).eval()
+    with torch.no_grad():
+        np.testing.assert_allclose(trained(ids).dense.numpy(), plain, atol=1e-5)
+
+
+def test_new_heads_give_the_bodys_states_and_equal_weights() -> None:
+    hidden = torch.randn(40, 32, generator=torch.Generator().manual_seed(1))
+    whole = BgeM3Heads.new(32)
+    torch.testing.assert_close(whole.token_vectors(hidden), torch.nn.functional.normalize(hidden, dim=-1))
+    assert whole.token_weights(hidden).unique().tolist() == [pytest.approx(0.2)]
+    small = BgeM3Heads.new(32, 8)
+    weight = small.colbert_linear.weight  # type: ignore[union-attr]
+    torch.testing.assert_close(weight @ weight.T, torch.eye(8), atol=1e-5, rtol=0)
+
+
+def test_the_sparse_head_is_fitted_to_wanted_weights() -> None:
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(400, 32, generator=generator)
+    wanted = 0.7 + hidden @ torch.linspace(-0.05, 0.05, 32)
+    heads = BgeM3Heads.new(32)
+    heads.fit_sparse(hidden, wanted)
+    torch.testing.assert_close(heads.token_weights(hidden), wanted, atol=0.02, rtol=0)
+    heads.fit_sparse(torch.ones(5, 32), torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]))     # states that say nothing
+    torch.testing.assert_close(heads.token_weights(torch.ones(2, 32)), torch.full((2,), 0.3))
 
 
 def test_heads_come_back_as_they_were_saved(model: Path, tmp_path: Path) -> None:
@@ -216,5 +248,3 @@ def test_a_first_training_makes_the_heads(tiny_text_model: Callable[..., Path], 
     assert BgeM3.load(config, new_heads=16)([np.array([0, 5, 2], np.int32)]).multi.shape == (2, 16)
     with pytest.raises(EncoderError, match="has heads already"):
         BgeM3.load(TrainableConfig(model=str(model), device="cpu"), new_heads=16)
-    with pytest.raises(EncoderError, match="pooled by mean"):
-        BgeM3.load(TrainableConfig(model=str(tiny_text_model(body="xlm-roberta")), device="cpu"), new_heads=16)

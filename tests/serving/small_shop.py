@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ from fastapi import FastAPI
 from recsys_ray.artifacts import Artifact, stage
 from recsys_ray.config import Config
 from recsys_ray.ids import row_ids
+from recsys_ray.models.token_signals import Encoding
 from recsys_ray.retrieval.fusion import FusionConfig
 from recsys_ray.retrieval.lexical import LexicalConfig, Postings, global_statistics
 from recsys_ray.retrieval.retriever import RetrieverConfig
@@ -26,7 +28,15 @@ from recsys_ray.retrieval.vector_index import VectorIndexConfig
 from recsys_ray.serving.api import Limits
 from recsys_ray.serving.gateway import EncoderCalls, Gateway, ShardCalls
 from recsys_ray.serving.loading import PartStatus
-from recsys_ray.serving.recommender import NoVector, Query, Row, ShardAnswer, Vector, ask_shard, encode_each
+from recsys_ray.serving.recommender import (
+    NoEncoding,
+    Query,
+    Row,
+    ShardAnswer,
+    ask_shard,
+    encode_each,
+    query_encoding,
+)
 from recsys_ray.serving.routes import create_api
 
 SEGMENTS = ("seg-a", "seg-b", "seg-c")
@@ -55,6 +65,10 @@ class WordEncoder:
 
     encode_documents = encode_queries
 
+    def encode_all_documents(self, texts: Sequence[str]) -> Encoding:
+        """The same, as an encoder with signals gives them."""
+        return Encoding(self.encode_documents(texts))
+
 
 def catalogue() -> list[dict[str, object]]:
     """120 products; some without price, brand or rating."""
@@ -73,7 +87,7 @@ def catalogue() -> list[dict[str, object]]:
 
 def build_small_index(root: Path, encoder: WordEncoder | None = None, identity: dict[str, object] | None = None,
                       ) -> Artifact:
-    """Publish the catalogue as an index of three segments; vectors from `encoder`."""
+    """Publish the catalogue as an index of three segments; vectors and signals from `encoder`."""
     encoder = encoder or WordEncoder()
     products = catalogue()
     lexical, vector = LexicalConfig(), VectorIndexConfig(kind="flat")
@@ -86,8 +100,8 @@ def build_small_index(root: Path, encoder: WordEncoder | None = None, identity: 
             table = table.sort_by("row_id").select([one for one in ROWS.names if one != "row_hash"])
             table = table.cast(pa.schema([ROWS.field(one) for one in table.column_names]))
             table = table.append_column("row_hash", row_hashes(table)).cast(ROWS)
-            vectors = encoder.encode_documents(table["text"].to_pylist())
-            entries += write_segment(staging.path, name, table, vectors, vector, lexical)
+            encoding = encoder.encode_all_documents(table["text"].to_pylist())
+            entries += write_segment(staging.path, name, table, encoding, vector, lexical)
             postings.append(Postings.load(staging.path / segment_files(name)[1]))
         global_statistics(postings).save(staging.path / LEXICON)
         entries.append(staging.entry(LEXICON))
@@ -117,8 +131,8 @@ class Parts:
                 raise RuntimeError("this shard is broken")
             return self.indexes[number]
 
-        async def search(query: Query, vector: Vector | None) -> ShardAnswer:
-            return ask_shard(await answers(), query, vector)
+        async def search(query: Query, encoding: Encoding | None) -> ShardAnswer:
+            return ask_shard(await answers(), query, encoding)
 
         async def product(product_id: str) -> Row | None:
             return (await answers()).product(product_id)
@@ -130,8 +144,8 @@ class Parts:
         return ShardCalls(search, product, status)
 
     def _encoder_calls(self) -> EncoderCalls:
-        async def encode(text: str) -> Vector | NoVector:
-            return encode_each(self.encoder.encode_queries, [text])[0]
+        async def encode(text: str) -> Encoding | NoEncoding:
+            return encode_each(partial(query_encoding, self.encoder, RETRIEVER), [text])[0]  # type: ignore[arg-type]
 
         async def status() -> PartStatus:
             return PartStatus(True)

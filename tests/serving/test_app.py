@@ -11,19 +11,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+from ray import serve
 from ray.exceptions import ActorDiedError
 from small_shop import LIMITS, REFUSED, RETRIEVER, SEGMENTS, WordEncoder, body, build_small_index, catalogue
 
 from recsys_ray.artifacts import ArtifactError, open_artifact
 from recsys_ray.config import ConfigError
+from recsys_ray.models.bge_m3_heads import BgeM3Heads
+from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.text_encoder import TextEncoderConfig
+from recsys_ray.retrieval.fusion import FusionConfig
+from recsys_ray.retrieval.retriever import RetrieverConfig
 from recsys_ray.retrieval.segments import open_index
 from recsys_ray.serving import app as app_module
 from recsys_ray.serving.api import parse_search
@@ -68,6 +73,8 @@ def test_configurations_that_cannot_work_are_refused() -> None:
         ServeConfig(index=Path("x"), encoder=None)
     with pytest.raises(ValueError, match="raise depth"):
         ServeConfig(index=Path("x"), retriever=RETRIEVER)
+    with pytest.raises(ValueError, match=r"multi_weight is above 0, but encoder\.multi_vector is not set"):
+        ServeConfig(index=Path("x"), retriever=RetrieverConfig(fusion=FusionConfig(multi_weight=0.2)))
     assert ServeConfig(index=Path("x")).host == "127.0.0.1"
 
 
@@ -170,6 +177,35 @@ def test_the_service_answers_what_one_process_answers(service: httpx.Client, rea
     similar = service.get("/v1/products/P010/similar?k=6").json()
     assert [item["product_id"] for item in similar["items"]] == [
         hit.product_id for hit in real_index.recommender.similar("P010", 6)]
+
+
+@pytest.mark.ray
+def test_a_service_weighs_token_weights_and_vectors(local_ray: None, service: httpx.Client, tmp_path: Path,
+                                                    tiny_text_model: Callable[..., Path]) -> None:
+    model = tiny_text_model(body="xlm-roberta", pooling="cls")
+    BgeM3Heads.new(32, 16).save(model)
+    config = ServeConfig(
+        index=tmp_path / "index", limits=LIMITS, name="whole", port=int(service.base_url.port or 0),
+        deadline_ms=10_000, retriever=RETRIEVER.replace(fusion={
+            "window": 20, "dense_weight": 0.3, "sparse_weight": 0.2, "multi_weight": 0.3}),
+        encoder=TextEncoderConfig(model=str(model), device="cpu", dtype="float32", sparse=True, multi_vector=True))
+    assert config.encoder is not None
+    encoder = build_text_encoder(config.encoder)
+    build_small_index(config.index, encoder, encoder.identity)  # type: ignore[arg-type]
+    offline = Recommender(open_index(config.index, encoder_identity=encoder.identity), encoder, config.retriever)
+    serve.run(build_app(config), name=config.name, route_prefix="/whole")
+    try:
+        for query in ("red sofa", "green mirror number17"):
+            expected = offline.search(parse_search(body(query=query, k=20), LIMITS))["items"]
+            deadline = time.monotonic() + 60
+            while (answer := service.post("/whole/v1/search", content=body(query=query, k=20))).status_code != 200:
+                assert time.monotonic() < deadline, answer.text     # still loading
+                time.sleep(0.2)
+            found = answer.json()["items"]
+            assert [item["product_id"] for item in found] == [hit.product_id for hit in expected]
+            assert [item["score"] for item in found] == pytest.approx([hit.score for hit in expected], abs=1e-6)
+    finally:
+        serve.delete(config.name)
 
 
 @pytest.mark.ray

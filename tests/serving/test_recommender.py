@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from small_shop import LIMITS, RETRIEVER, SEGMENTS, WordEncoder, body, catalogue
+import torch
+from small_shop import LIMITS, RETRIEVER, SEGMENTS, WordEncoder, body, build_small_index, catalogue
 
+from recsys_ray.models.bge_m3 import BgeM3Encoder
+from recsys_ray.models.bge_m3_heads import BgeM3Heads
+from recsys_ray.models.text_encoder import TextEncoderConfig
+from recsys_ray.models.token_signals import Encoding, Signals, SparseRows
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.retriever import Retriever
 from recsys_ray.retrieval.segments import open_index
 from recsys_ray.serving.api import SearchRequest, parse_search
 from recsys_ray.serving.errors import ApiError
-from recsys_ray.serving.recommender import NoVector, Recommender, ask_shard, encode_each, rank, search_query
+from recsys_ray.serving.recommender import (
+    NoEncoding,
+    Recommender,
+    ask_shard,
+    document_encoding,
+    encode_each,
+    query_encoding,
+    rank,
+    search_query,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +55,7 @@ def test_the_answers_are_those_of_the_offline_retriever(recommender: Recommender
 @pytest.mark.parametrize("parts", [[SEGMENTS], [SEGMENTS[:1], SEGMENTS[1:]], [[name] for name in SEGMENTS]])
 def test_any_division_into_shards_gives_the_same_ranking(small_index: Path, parts: list[list[str]]) -> None:
     query = search_query(request(query="white table", filters={"price_max": 150.0}), RETRIEVER)
-    vector = WordEncoder().encode_queries([query.text])[0]
+    vector = document_encoding(WordEncoder(), [query.text])  # type: ignore[arg-type]
     whole = rank([ask_shard(open_index(small_index), query, vector)], query)
     divided = rank([ask_shard(open_index(small_index, segments=part), query, vector) for part in parts], query)
     assert [(one.card["row_id"], one.score) for one in divided] == [(one.card["row_id"], one.score) for one in whole]
@@ -131,25 +146,65 @@ def test_a_query_without_words_is_refused(recommender: Recommender) -> None:
 
 def test_one_poisoned_text_does_not_fail_its_batch() -> None:
     encoder = WordEncoder()
-    answers = encode_each(encoder.encode_queries, ["red sofa", "poison", "lamp"])
-    assert isinstance(answers[1], NoVector)
+    answers = encode_each(encoder.encode_all_documents, ["red sofa", "poison", "lamp"])
+    assert isinstance(answers[1], NoEncoding)
     assert answers[1].bad_text
     for place, text in ((0, "red sofa"), (2, "lamp")):
-        np.testing.assert_array_equal(answers[place], encoder.encode_queries([text])[0])
+        answer = answers[place]
+        assert isinstance(answer, Encoding)
+        np.testing.assert_array_equal(answer.dense, encoder.encode_queries([text]))
 
 
 def test_an_encoder_that_fails_is_not_the_texts_fault() -> None:
-    def out_of_memory(texts: object) -> np.ndarray:  # type: ignore[type-arg]
+    def out_of_memory(texts: object) -> Encoding:
         raise RuntimeError("out of memory")
 
     answers = encode_each(out_of_memory, ["a", "b"])
-    assert [isinstance(one, NoVector) and not one.bad_text for one in answers] == [True, True]
+    assert [isinstance(one, NoEncoding) and not one.bad_text for one in answers] == [True, True]
 
 
-def test_a_vector_that_is_not_finite_never_reaches_the_index() -> None:
-    answers = encode_each(lambda texts: np.array([[1.0, np.nan], [1.0, 0.0]], np.float32), ["a", "b"])
-    assert isinstance(answers[0], NoVector)
-    assert not isinstance(answers[1], NoVector)
+def test_what_is_not_finite_never_reaches_the_index() -> None:
+    weights = SparseRows(np.array([0, 1, 2, 3]), np.array([5, 5, 6], np.int32), np.array([1, np.nan, 2], np.float32))
+    found = Encoding(np.array([[1.0, np.nan], [1.0, 0.0], [0.0, 1.0]], np.float32), Signals(weights))
+    answers = encode_each(lambda texts: found, ["a", "b", "c"])
+    assert [isinstance(one, NoEncoding) for one in answers] == [True, True, False]
+    assert isinstance(answers[2], Encoding)
+    assert answers[2].signals.sparse is not None
+    assert answers[2].signals.sparse.row(0)[0].tolist() == [6]
+
+
+# --- token weights and token vectors --------------------------------------------------------------
+WHOLE = RETRIEVER.replace(fusion={"window": 20, "dense_weight": 0.3, "sparse_weight": 0.2, "multi_weight": 0.3})
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_text_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[BgeM3Encoder, Path]:
+    """A random encoder with BGE-M3's heads, and the catalogue's index by it."""
+    model, root = tiny_text_model(body="xlm-roberta", pooling="cls"), tmp_path_factory.mktemp("whole")
+    torch.manual_seed(5)
+    BgeM3Heads.new(32, 16).save(model)
+    encoder = BgeM3Encoder(TextEncoderConfig(model=str(model), device="cpu", dtype="float32", sparse=True,
+                                             multi_vector=True))
+    build_small_index(root, encoder, encoder.identity)  # type: ignore[arg-type]
+    return encoder, root
+
+
+def test_token_weights_and_vectors_are_weighed_as_offline(whole: tuple[BgeM3Encoder, Path]) -> None:
+    encoder, root = whole
+    index = open_index(root, encoder_identity=encoder.identity)
+    plain = Recommender(index, encoder, RETRIEVER)
+    for query in ("red sofa", "green mirror number17", "chair"):
+        offline = Retriever(encoder, index, WHOLE).retrieve(["q"], [query], 20)
+        found = Recommender(index, encoder, WHOLE).search(request(query=query, k=20))
+        assert ids(found) == offline["product_id"].to_pylist()
+        assert [hit.score for hit in found["items"]] == pytest.approx(offline["score"].to_pylist(), abs=0)
+        assert ids(found) != ids(plain.search(request(query=query, k=20)))
+        question = search_query(request(query=query), WHOLE)
+        encoding = query_encoding(encoder, WHOLE, [question.text])
+        shards = [open_index(root, segments=part) for part in (SEGMENTS[:1], SEGMENTS[1:])]
+        divided = rank([ask_shard(shard, question, encoding) for shard in shards], question)[:20]
+        assert [one.card["product_id"] for one in divided] == ids(found)
+    assert "P010" not in [hit.product_id for hit in Recommender(index, encoder, WHOLE).similar("P010", 5)]
 
 
 def test_the_request_and_retrieval_agree_on_filters() -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from bge_m3_cases import SPECIAL, Lookup, a_model, whole_batch, work
+from contrastive_cases import start_workers
 
 from recsys_ray.models.bge_m3 import BgeM3, TokenStates
 from recsys_ray.models.bge_m3_heads import BgeM3Heads
@@ -20,8 +23,7 @@ from recsys_ray.training.bge_m3 import (
     scores,
     self_distillation,
 )
-
-SPECIAL = (0, 1, 2)
+from recsys_ray.training.contrastive import ContrastiveConfig
 
 
 def states(seed: int, texts: int, longest: int = 9, double: bool = True) -> TokenStates:
@@ -85,11 +87,12 @@ def test_texts_without_a_shared_token_score_zero() -> None:
     assert scores(one, states(2, 4)).sparse.tolist() == [[0.0] * 4] * 3
 
 
-def hand_loss(found: Scores, positive: list[int], allowed: np.ndarray, config: BgeM3LossConfig) -> float:
+def hand_loss(found: Scores, positive: list[int], allowed: np.ndarray, config: BgeM3LossConfig,
+              temperature: float) -> float:
     def rows(score: torch.Tensor) -> list[dict[int, float]]:
         logs = []
         for number, row in enumerate(score.tolist()):
-            kept = {c: value / config.temperature for c, value in enumerate(row) if allowed[number, c]}
+            kept = {c: value / temperature for c, value in enumerate(row) if allowed[number, c]}
             total = math.log(sum(math.exp(value) for value in kept.values()))
             logs.append({c: value - total for c, value in kept.items()})
         return logs
@@ -112,9 +115,10 @@ def test_the_loss_is_the_papers_sum(masked: bool, distil: bool) -> None:
     allowed = np.ones((4, 6), dtype=bool)
     if masked:
         allowed[0, 0] = allowed[1, 1:5] = allowed[3, 5] = False
-    config = BgeM3LossConfig(temperature=0.3, ensemble=(1, 0.5, 2), losses=(1, 0.2, 0.7), self_distillation=distil)
-    loss, parts = bge_m3_loss(found, torch.tensor(positive), config, torch.from_numpy(allowed) if masked else None)
-    assert loss.item() == pytest.approx(hand_loss(found, positive, allowed, config), abs=1e-10)
+    config = BgeM3LossConfig(ensemble=(1, 0.5, 2), losses=(1, 0.2, 0.7), self_distillation=distil)
+    loss, parts = bge_m3_loss(found, torch.tensor(positive), config, 0.3,
+                              torch.from_numpy(allowed) if masked else None)
+    assert loss.item() == pytest.approx(hand_loss(found, positive, allowed, config, 0.3), abs=1e-10)
     assert set(parts) == {"dense", "sparse", "multi", "ensemble"} | (
         {"distil_dense", "distil_sparse", "distil_multi"} if distil else set())
 
@@ -134,18 +138,6 @@ def test_distillation_teaches_the_parts_and_not_the_ensemble() -> None:
     assert float(self_distillation(same, same, 1.0)) == pytest.approx(float(entropy))
 
 
-class Lookup(torch.nn.Module):
-    """A body without layers: the state of a token is its embedding and the mean of the text's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = torch.nn.Embedding(12, 8)
-
-    def hidden_states(self, token_ids: list[np.ndarray]) -> tuple[torch.Tensor, list[int]]:
-        found = [self.embedding(torch.from_numpy(one)) for one in token_ids]
-        return torch.cat([one + one.mean(dim=0) for one in found]), [len(one) for one in token_ids]
-
-
 def test_a_model_learns_all_three_scores() -> None:
     torch.manual_seed(0)
     rng = np.random.default_rng(5)
@@ -159,7 +151,7 @@ def test_a_model_learns_all_three_scores() -> None:
     optimizer = torch.optim.Adam(model.parameters(), 0.05)
     losses = []
     for _ in range(60):
-        loss, _ = bge_m3_loss(scores(model(queries), model(documents)), torch.arange(4), BgeM3LossConfig())
+        loss, _ = bge_m3_loss(scores(model(queries), model(documents)), torch.arange(4), BgeM3LossConfig(), 0.02)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -168,22 +160,49 @@ def test_a_model_learns_all_three_scores() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+ALLOWED = [[1, 1, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 1, 1],
+           [1, 1, 1, 0, 1, 1, 1]]
+
+
+def test_a_step_is_the_loss_of_all_allowed_documents() -> None:
+    model, batch = a_model(), whole_batch()
+    found = scores(model(batch.query_tokens), model(batch.document_tokens))
+    loss, parts = bge_m3_loss(found, torch.arange(5), BgeM3LossConfig(), 0.1, torch.tensor(ALLOWED, dtype=torch.bool))
+    (3 * loss).backward()
+    wanted = [one.grad.clone() for one in model.parameters() if one.grad is not None]
+    model.zero_grad()
+    values, of_parts = bge_m3_backward(model, batch, BgeM3LossConfig(), ContrastiveConfig(temperature=0.1), scale=3)
+    assert values.loss == pytest.approx(float(loss.detach()), abs=1e-12)
+    assert of_parts == pytest.approx(parts, abs=1e-12)
+    assert values.masked_share == pytest.approx(5 / 30)
+    ensemble = found.ensemble((1.0, 0.3, 1.0)).detach().masked_fill(~torch.tensor(ALLOWED, dtype=torch.bool), -9)
+    assert values.accuracy == pytest.approx(float((ensemble.argmax(dim=1) == torch.arange(5)).double().mean()))
+    for one, other in zip(model.parameters(), wanted, strict=True):
+        torch.testing.assert_close(one.grad, other, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("mini_batch", [1, 3, 100])
 def test_a_cached_step_equals_the_plain_one(mini_batch: int) -> None:
-    torch.manual_seed(1)
-    rng = np.random.default_rng(6)
-    model = BgeM3(Lookup(), BgeM3Heads.new(8, 4), SPECIAL).double()
-    queries = [np.array([0, *rng.integers(3, 12, size), 2], np.int32) for size in (1, 3, 2, 5, 0)]
-    documents = [np.array([0, *rng.integers(3, 12, size), 2], np.int32) for size in (4, 0, 6, 6, 1, 2, 9)]
-    positive, allowed = torch.tensor([1, 0, 4, 2, 6]), torch.rand(5, 7) < 0.8
-    allowed[torch.arange(5), positive] = True
-    found = []
+    model, found = a_model(), []
     for size in (None, mini_batch):
         model.zero_grad()
-        parts = bge_m3_backward(model, queries, documents, positive, BgeM3LossConfig(), allowed, size)
-        found.append((parts, [one.grad.clone() for one in model.parameters() if one.grad is not None]))
-    assert found[0][0] == pytest.approx(found[1][0], abs=1e-12)
+        values = bge_m3_backward(model, whole_batch(), BgeM3LossConfig(), ContrastiveConfig(mini_batch=size))
+        found.append((values, [one.grad.clone() for one in model.parameters() if one.grad is not None]))
+    assert found[0][0][0].loss == pytest.approx(found[1][0][0].loss, abs=1e-12)
+    assert found[0][0][1] == pytest.approx(found[1][0][1], abs=1e-12)
     assert len(found[0][1]) == len(list(model.parameters()))
     for one, other in zip(found[0][1], found[1][1], strict=True):
         assert one.abs().max() > 0
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_two_workers_take_the_step_of_one(tmp_path: Path) -> None:
+    model = a_model()
+    values, parts = bge_m3_backward(model, whole_batch(), BgeM3LossConfig(), ContrastiveConfig(temperature=0.1))
+    for of_worker in start_workers(work, 2, tmp_path):
+        for found in of_worker.values():
+            assert found["loss"] == pytest.approx(values.loss, abs=1e-12)
+            assert (found["masked"], found["accuracy"]) == pytest.approx((values.masked_share, values.accuracy))
+            assert {name: found[name] for name in parts} == pytest.approx(parts, abs=1e-12)
+            for one, other in zip(found["gradients"], model.parameters(), strict=True):
+                torch.testing.assert_close(one, other.grad, rtol=0, atol=1e-9)

@@ -165,7 +165,7 @@ def test_adapters_start_from_the_seed_and_are_merged(pairs: Path, model: Path, t
 def test_contradictions_are_refused(pairs: Path, model: Path, tmp_path: Path) -> None:
     for changes, reason in (({"validation": {"objective": "ndcg"}}, "validation.objective"),
                             ({"workers": {"count": 9}}, r"workers\.count"),
-                            ({"encoder": {"model": str(model), "sparse": True}}, "leave the heads off")):
+                            ({"encoder": {"model": str(model), "sparse": True}}, "set both or neither")):
         with pytest.raises(ValueError, match=reason):
             FinetuneBgeConfig.model_validate(settings_of(pairs, model, tmp_path, **changes))
     other = FinetuneBgeConfig.model_validate(settings_of(pairs, model, tmp_path / "e",
