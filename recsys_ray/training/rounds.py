@@ -101,6 +101,7 @@ def _round(config: TrainRoundsConfig, number: int, miner: TextEncoderConfig, sta
            rows: list[dict[str, Any]]) -> Artifact:
     """Mine with one encoder, train from another; a row is added."""
     folder, ray = config.folder(number), config.ray
+    miner = miner.replace(sparse=False, multi_vector=False)     # vectors suffice, and a base may have no heads yet
     with stage_clock(f"round {number}: embed, index and mine"):
         embed_products(EmbedConfig(prepared=config.prepared, output=folder / "embeddings", encoder=miner, ray=ray))
         build_index(BuildIndexConfig(prepared=config.prepared, embeddings=folder / "embeddings",

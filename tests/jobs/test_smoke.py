@@ -132,6 +132,18 @@ def test_finetune_bge() -> None:
     assert encoder.parents["pairs"] == manifest("pairs", "pairs").reference
 
 
+def test_heads_from_pairs_to_candidates() -> None:
+    """MiniLM gets BGE-M3's heads, and its index answers by all scores."""
+    assert run_job("finetune_bge", "workers.count=0", "max_steps=3", "evaluate_every=3", *SHORT, config="heads") == 0
+    for stage in ("embed", "build_index", "retrieve_candidates"):
+        assert run_job(stage, "encoder.max_tokens=16" if stage != "build_index" else "rows_per_segment=300",
+                       config="heads") == 0
+    found = pq.read_table(next((DEMO / "candidates/heads-test").glob("versions/*/candidates-00000.parquet")))
+    for name in ("dense_score", "lexical_score", "sparse_score", "multi_score"):
+        assert found[name].null_count == 0
+    assert max(found["sparse_score"].to_pylist()) > 0
+
+
 def test_make_reranker_pairs() -> None:
     pairs = manifest("reranker-pairs", "reranker_pairs")
     counts = pairs.facts["counts"]
