@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from recsys_ray.artifacts import Artifact
+from recsys_ray.data.candidate_lists import CandidateLists
 from recsys_ray.data.judged_pairs import GradedQuery, JudgmentFolds, catalogue_rows_of
 from recsys_ray.ids import row_id
 
@@ -23,14 +24,14 @@ class JudgedShop(JudgmentFolds):
     mined: int = Field(default=0, ge=0)     # of a query: such products out of its candidate lists
 
 
-def judged_rows(queries: Sequence[GradedQuery], prepared: Artifact, config: JudgedShop, mined: Mapping[str, list[str]],
+def judged_rows(queries: Sequence[GradedQuery], prepared: Artifact, config: JudgedShop, mined: CandidateLists,
                 counts: Counter[str]) -> list[dict[str, Any]]:
     """RERANKER_PAIR rows of the queries, a query's together; judged products outside the catalogue are counted.
 
     Unjudged products of the group of a judged one are no negatives. `mined` are candidates by query.
     """
     catalogue = _product_ids(prepared) if config.uniform else []
-    drawn = {one.query_id: _unjudged(one, config, catalogue, mined.get(one.query_id, [])) for one in queries}
+    drawn = {one.query_id: _unjudged(one, config, catalogue, mined.of(one.query_id)) for one in queries}
     names = sorted({name for one in queries for name in (*one.gains, *(name for name, _ in drawn[one.query_id]))})
     products = catalogue_rows_of(prepared, names)
     rows = []

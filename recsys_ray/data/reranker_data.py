@@ -39,7 +39,7 @@ from recsys_ray.artifacts import (
 )
 from recsys_ray.config import fingerprint
 from recsys_ray.data.buckets import Part, gather_all, scatter
-from recsys_ray.data.candidate_lists import candidate_lists
+from recsys_ray.data.candidate_lists import CandidateLists, candidate_lists
 from recsys_ray.data.interactions import (
     Ints,
     Items,
@@ -121,7 +121,7 @@ class _Job:
     staging: str
     parts: list[Part]
     items: pa.Table
-    mined: dict[str, list[str]]
+    mined: CandidateLists
 
 
 def make_reranker_pairs(config: MakeRerankerPairsConfig) -> Artifact:
@@ -138,7 +138,7 @@ def make_reranker_pairs(config: MakeRerankerPairsConfig) -> Artifact:
     key = fingerprint({
         "stage": STAGE_VERSION, "options": config.model_dump(mode="json", exclude={"output", "ray"}),
         "files": file_states(config.source, tables) if config.source is not None else [],
-        "judged": digest(judged), "mined": fingerprint(mined), "eligible": fingerprint(sorted(_eligible(config) or ())),
+        "judged": digest(judged), "mined": mined.digest(), "eligible": fingerprint(sorted(_eligible(config) or ())),
         "prepared": config.judged and open_artifact(config.judged.prepared, "prepared").manifest.fingerprint})
     if (done := find_artifact(config.output, KIND, key)) is not None:
         log.info("%s is up to date", done.manifest.reference)
@@ -168,7 +168,7 @@ def _eligible(config: MakeRerankerPairsConfig) -> list[str] | None:
 
 
 # --- users and items ------------------------------------------------------------------------------
-def _of_users(config: MakeRerankerPairsConfig, source: SourceConfig, staging: Staging, mined: dict[str, list[str]]
+def _of_users(config: MakeRerankerPairsConfig, source: SourceConfig, staging: Staging, mined: CandidateLists
               ) -> Artifact:
     counts: Counter[str] = Counter()
     scratch = staging.path / SCRATCH
@@ -176,7 +176,7 @@ def _of_users(config: MakeRerankerPairsConfig, source: SourceConfig, staging: St
     items = _catalogue(config, source, counts)
     parts = _scattered(source, config.num_buckets, str(scratch), counts)
     buckets = range(config.num_buckets)
-    shared = ray.put(_Job(config, str(staging.path), parts, items, {}))
+    shared = ray.put(_Job(config, str(staging.path), parts, items, mined))
     count = ray.remote(num_cpus=TASK_CPUS, max_retries=3)(_count_likes)
     popularity = np.sum(ray.get([count.remote(shared, bucket) for bucket in buckets]), axis=0, dtype=np.int64)
     items = items.set_column(items.schema.get_field_index("popularity"), items.schema.field("popularity"),
@@ -278,7 +278,8 @@ def _make_bucket(job: _Job, part: str, bucket: int) -> tuple[PairCounts, list[Fi
         history, split = histories[place], splits[place]
         user = None
         if left[split] > 0:
-            mined = [items.places[name] for name in job.mined.get(history.user_id, ()) if name in items.places]
+            mined = [items.places[name] for name in job.mined.of(history.user_id)
+                     if name in items.places]
             user = user_rows(history, split, pool, mined, config, found.counts)
         known += history_rows(history, split, user.positives if user is not None else (), items)
         if user is not None:
@@ -307,7 +308,7 @@ def _written(job: _Job, part: str, rows: dict[str, list[dict[str, Any]]], known:
 
 # --- judged queries -------------------------------------------------------------------------------
 def _of_judgments(config: MakeRerankerPairsConfig, staging: Staging, judged: Sequence[GradedQuery],
-                  mined: dict[str, list[str]]) -> Artifact:
+                  mined: CandidateLists) -> Artifact:
     assert config.judged is not None
     prepared = open_artifact(config.judged.prepared.resolve(), "prepared")
     here = config.replace(judged=config.judged.replace(prepared=config.judged.prepared.resolve()))

@@ -155,6 +155,10 @@ class Dropout:
         """The same for tokens `start` to `end`."""
         return self if self.keys is None else Dropout(self.keys[start:end], self.hidden, self.attention)
 
+    def at(self, rows: Tensor) -> Dropout:
+        """The same for the tokens in some rows."""
+        return self if self.keys is None else Dropout(self.keys[rows], self.hidden, self.attention)
+
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
@@ -259,6 +263,29 @@ def attend(qkv_T3D: Tensor, blocks: Sequence[Block], heads: int, dropout: Dropou
     """Self-attention inside each text, (T, D), from the queries, keys and values of packed texts."""
     out: Tensor = _Attend.apply(qkv_T3D, blocks, heads, dropout, site)
     return out
+
+
+def attend_first(query_ND: Tensor, both_T2D: Tensor, blocks: Sequence[Block], heads: int, dropout: Dropout, site: int
+                 ) -> Tensor:
+    """What each text's first token attends to, (N, D), from its query and all keys and values.
+
+    `dropout` has the keys of the first tokens; the masks are those that `attend` draws for them.
+    """
+    width, parts, text = query_ND.shape[1], [], 0
+    size = width // heads
+    for block in blocks:
+        key, value = block.gather(both_T2D).view(block.texts, block.length, 2, heads, size).permute(2, 0, 3, 1, 4)
+        query = query_ND[text:text + block.texts].view(block.texts, heads, 1, size)
+        scores = (query * size**-0.5) @ key.transpose(-1, -2)
+        weights = torch.softmax(scores if block.padding is None else scores + block.padding.to(scores.dtype), dim=-1)
+        if dropout.keys is not None and dropout.attention:
+            keys_NH1 = dropout.keys[text:text + block.texts, None, None] + torch.arange(
+                heads, device=weights.device)[None, :, None]
+            keep = keep_mask(keys_NH1, site, block.length, dropout.attention)
+            weights = weights * masked_(torch.full_like(weights, keep_scale(dropout.attention)), keep)
+        parts.append((weights @ value).reshape(block.texts, width))
+        text += block.texts
+    return torch.cat(parts)
 
 
 def attend_fused(qkv_T3D: Tensor, blocks: Sequence[Block], heads: int, dropout: Dropout) -> Tensor:

@@ -30,6 +30,7 @@ from recsys_ray.models.packed_layers import (
     WorkingWeights,
     add_norm,
     attend,
+    attend_first,
     attend_fused,
     linear,
     plan_blocks,
@@ -125,8 +126,9 @@ class TrainableBert(nn.Module):
         """
         order, parts = _by_length(token_ids), []
         places = None if second is None else [second[place] for place in order]
-        for hidden_TD, lengths in self._run([token_ids[place] for place in order], places):
-            parts.append(self._pool(hidden_TD, lengths))
+        first_only = self.layout.pooling == "cls"
+        for hidden, lengths in self._run([token_ids[place] for place in order], places, first_only):
+            parts.append(hidden.to(_exact(hidden)) if first_only else self._mean(hidden, lengths))
         pooled_ND = torch.cat(parts)[_inverse(order).to(self.device)]
         return F.normalize(pooled_ND, dim=-1) if self.unit_length else pooled_ND
 
@@ -140,8 +142,12 @@ class TrainableBert(nn.Module):
         rows = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
         return packed_TD[torch.from_numpy(rows).to(self.device)], lengths.tolist()
 
-    def _run(self, token_ids: TokenIds, second: Sequence[int] | None = None) -> Iterator[tuple[Tensor, list[int]]]:
-        """The states of so many texts as go together, and their lengths; `token_ids` by falling length."""
+    def _run(self, token_ids: TokenIds, second: Sequence[int] | None = None, first_only: bool = False
+             ) -> Iterator[tuple[Tensor, list[int]]]:
+        """The states of so many texts as go together, of all tokens or of each first one, and the texts' lengths.
+
+        `token_ids` by falling length.
+        """
         dropout = self._dropout(token_ids)
         working = WorkingWeights(None if self.dtype == "float32" else getattr(torch, self.dtype))
         hidden_TD = self._embed(token_ids, second, dropout)
@@ -152,12 +158,14 @@ class TrainableBert(nn.Module):
             lengths = [len(one) for one in token_ids[first:last]]
             blocks = plan_blocks(lengths, hidden_TD.device)
             some_TD, some_dropout = hidden_TD[start:end], dropout.take(start, end)
-            for number, layer in enumerate(self._plain_body().encoder.layer):
+            layers = self._plain_body().encoder.layer
+            for number, layer in enumerate(layers):
+                ending = lengths if first_only and number == len(layers) - 1 else None
                 if self.config.gradient_checkpointing and torch.is_grad_enabled():
-                    some_TD = checkpoint(self._layer, layer, number, some_TD, blocks, some_dropout, working,
+                    some_TD = checkpoint(self._layer, layer, number, some_TD, blocks, some_dropout, working, ending,
                                          use_reentrant=False)
                 else:
-                    some_TD = self._layer(layer, number, some_TD, blocks, some_dropout, working)
+                    some_TD = self._layer(layer, number, some_TD, blocks, some_dropout, working, ending)
             yield some_TD, lengths
 
     def _plain_body(self) -> Any:
@@ -183,24 +191,31 @@ class TrainableBert(nn.Module):
         return hidden_TD
 
     def _layer(self, layer: Any, number: int, hidden_TD: Tensor, blocks: Sequence[Block], dropout: Dropout,
-               working: WorkingWeights) -> Tensor:
+               working: WorkingWeights, lengths: Sequence[int] | None) -> Tensor:
+        """A layer's states of all tokens, (T, D), or, given the texts' lengths, of each text's first one, (N, D)."""
         mixer, site = layer.attention.self, 1 + SITES * number
-        qkv_T3D = linear(hidden_TD, working, mixer.query, mixer.key, mixer.value)
         way = self.config.attention
-        if way == "fused" or (way == "auto" and hidden_TD.device.type == "cuda"):
-            attended_TD = attend_fused(qkv_T3D, blocks, self.heads, dropout)
+        if lengths is not None:
+            both_T2D = linear(hidden_TD, working, mixer.key, mixer.value)
+            sizes = torch.tensor(lengths, device=hidden_TD.device)
+            firsts = sizes.cumsum(0) - sizes
+            hidden_TD, dropout = hidden_TD[firsts], dropout.at(firsts)
+            attended_TD = attend_first(linear(hidden_TD, working, mixer.query), both_T2D, blocks, self.heads, dropout,
+                                       site)
         else:
-            attended_TD = attend(qkv_T3D, blocks, self.heads, dropout, site)
+            qkv_T3D = linear(hidden_TD, working, mixer.query, mixer.key, mixer.value)
+            if way == "fused" or (way == "auto" and hidden_TD.device.type == "cuda"):
+                attended_TD = attend_fused(qkv_T3D, blocks, self.heads, dropout)
+            else:
+                attended_TD = attend(qkv_T3D, blocks, self.heads, dropout, site)
         mixed_TD = linear(attended_TD, working, layer.attention.output.dense)
         hidden_TD = add_norm(mixed_TD, hidden_TD, dropout, site + 1, layer.attention.output.LayerNorm, working)
         inner = F.gelu(linear(hidden_TD, working, layer.intermediate.dense))
         return add_norm(linear(inner, working, layer.output.dense), hidden_TD, dropout, site + 2,
                         layer.output.LayerNorm, working)
 
-    def _pool(self, hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
+    def _mean(self, hidden_TD: Tensor, lengths: Sequence[int]) -> Tensor:
         sizes = torch.tensor(lengths, device=hidden_TD.device)
-        if self.layout.pooling == "cls":
-            return hidden_TD[sizes.cumsum(0) - sizes].to(_exact(hidden_TD))
         texts = torch.repeat_interleave(torch.arange(len(lengths), device=hidden_TD.device), sizes)
         summed = torch.zeros(len(lengths), hidden_TD.shape[1], dtype=_exact(hidden_TD), device=hidden_TD.device)
         return summed.index_add(0, texts, hidden_TD.to(summed.dtype)) / sizes[:, None]

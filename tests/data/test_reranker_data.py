@@ -13,7 +13,7 @@ import pytest
 
 from recsys_ray.artifacts import Artifact, stage
 from recsys_ray.config import Config
-from recsys_ray.data.candidate_lists import candidate_lists
+from recsys_ray.data.candidate_lists import CandidateLists, candidate_lists
 from recsys_ray.data.judged_pairs import GradedQuery
 from recsys_ray.data.judged_triples import JudgedShop, judged_rows
 from recsys_ray.data.reranker_data import MakeRerankerPairsConfig, make_reranker_pairs
@@ -106,9 +106,11 @@ def test_several_lists_become_one(tmp_path: Path) -> None:
         pq.write_table(pa.table({"query_id": ["q"] * 3, "product_id": ["a", "b", "c"], "rank": ranks}),
                        tmp_path / f"{name}.parquet")
     paths = [str(tmp_path / f"{name}.parquet") for name in ("one", "two")]
-    assert candidate_lists(paths, 1, 5) == {"q": ["a", "b", "c"]}
-    assert candidate_lists(paths[:1], 2, 5) == {"q": ["b"]}
-    assert candidate_lists([], 1, 5) == {}
+    assert candidate_lists(paths, 1, 5).of("q") == ["a", "b", "c"]
+    assert candidate_lists(paths[::-1], 1, 5).of("q") == ["b", "a", "c"]
+    assert candidate_lists(paths[:1], 2, 5).of("q") == ["b"]
+    assert candidate_lists(paths, 1, 5).of("another") == candidate_lists([], 1, 5).of("q") == []
+    assert candidate_lists(paths, 1, 5).digest() != candidate_lists(paths, 1, 2).digest()
 
 
 def test_contradictions_are_refused(tmp_path: Path) -> None:
@@ -146,9 +148,11 @@ def test_judgments_become_rows_with_their_gains(prepared: Artifact) -> None:
 
     counts: Counter[str] = Counter()
     config = JudgedShop(prepared=prepared.path, queries="", judgments="", uniform=4, mined=2)
+    lists = CandidateLists.of_table(pa.table({"query_id": ["q1"] * 3, "product_id": ["p1", "p4", "p5"],
+                                              "rank": [1, 2, 3]}))
     queries = [GradedQuery("q1", "blue", "train", {"p1": 1.0, "p2": 0.01, "p8": 0.0, "gone": 1.0}),
                GradedQuery("q2", "red", "valid", {"p3": 0.1})]
-    rows = judged_rows(queries, prepared, config, {"q1": ["p1", "p4", "p5"]}, counts)
+    rows = judged_rows(queries, prepared, config, lists, counts)
     judged = {(row["query_id"], row["product_id"]): row["label"] for row in rows if row["origin"] == "judged"}
     assert judged == {("q1", "p1"): 1.0, ("q1", "p2"): 0.01, ("q1", "p8"): 0.0, ("q2", "p3"): 0.1}
     first = {row["product_id"]: row for row in rows if row["query_id"] == "q1"}

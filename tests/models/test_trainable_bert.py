@@ -136,6 +136,27 @@ def test_hidden_states_come_in_the_order_of_the_texts(tiny_text_model: TinyModel
         assert torch.allclose(part, model.hidden_states([tokens])[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"tokens_at_once": 30}, {"gradient_checkpointing": True}])
+def test_the_last_layer_of_first_tokens_alone_is_that_of_all_tokens(tiny_text_model: TinyModel,
+                                                                    settings: dict[str, object]) -> None:
+    """Dropout on, in float64: states and gradients to the last digits."""
+    model = load(tiny_text_model(pooling="cls"), dropout=0.3, similarity="dot", **settings).double().train()
+    model.unit_length = False
+    token_ids, weights = texts(), torch.randn(len(LENGTHS), 32, dtype=torch.float64)
+    found = []
+    for whole in (False, True):
+        if whole:
+            states, lengths = model.hidden_states(token_ids)
+            first = torch.stack([one[0] for one in states.split(lengths)])
+        else:
+            first = model(token_ids)
+        model.zero_grad()
+        (first * weights).sum().backward()
+        found.append([first.detach(), *(one.grad.clone() for one in model.parameters())])
+    for alone, among in zip(*found, strict=True):
+        assert torch.allclose(alone, among, atol=1e-12)
+
+
 def test_frozen_token_embeddings_get_no_gradient(tiny_text_model: TinyModel) -> None:
     model = load(tiny_text_model(), freeze_token_embeddings=True).train()
     model(texts()).sum().backward()
