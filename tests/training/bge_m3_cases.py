@@ -9,8 +9,10 @@ import torch
 
 from recsys_ray.models.bge_m3 import BgeM3
 from recsys_ray.models.bge_m3_heads import BgeM3Heads
+from recsys_ray.training.bge import FinetuneBgeConfig
 from recsys_ray.training.bge_m3 import BgeM3LossConfig, bge_m3_backward
 from recsys_ray.training.contrastive import ContrastiveConfig, PairBatch
+from recsys_ray.training.encoder_run import train_worker
 
 SPECIAL = (0, 1, 2)
 
@@ -62,3 +64,9 @@ def work(rank: int, world: int) -> dict[str, Any]:
         found[str(size)] = {"loss": values.loss, "masked": values.masked_share, "accuracy": values.accuracy, **parts,
                             "gradients": [one.grad for one in model.parameters()]}
     return found
+
+
+def train(settings: dict[str, Any], staging: str, shards_version: str, rank: int, world: int) -> dict[str, Any]:
+    """One worker's part in a whole run."""
+    train_worker(FinetuneBgeConfig.model_validate(settings), staging, shards_version, "a run")
+    return {}

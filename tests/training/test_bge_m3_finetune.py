@@ -7,15 +7,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bge_m3_cases import train
+from contrastive_cases import start_workers
 from small_pairs import write_pairs
 
-from recsys_ray.artifacts import Artifact
+from recsys_ray.artifacts import Artifact, current_version
 from recsys_ray.models.bge_m3 import BgeM3, BgeM3Encoder
 from recsys_ray.models.bge_m3_heads import BgeM3Heads
 from recsys_ray.models.registry import build_text_encoder
@@ -173,11 +176,13 @@ def test_what_heads_cannot_learn_from_is_refused(pairs: Path, bare: Path, tmp_pa
         FinetuneBgeConfig.model_validate(settings_of(pairs, bare, tmp_path, **changes))
 
 
-@pytest.mark.ray
-def test_two_workers_learn_what_one_learns(pairs: Path, bare: Path, tmp_path: Path, uninterrupted: Artifact,
-                                           local_ray: None) -> None:
-    artifact = finetuned(settings_of(pairs, bare, tmp_path / "encoder", workers={
-        "count": 2, "cpus": 0.5, "threads": 1}, ray={"num_cpus": 4, "progress": False}))
-    for one, other in zip(curve(artifact), curve(uninterrupted), strict=True):
+def test_two_workers_learn_what_one_learns(pairs: Path, bare: Path, tmp_path: Path, uninterrupted: Artifact) -> None:
+    shards = uninterrupted.path.parents[1].with_name("encoder-shards")
+    settings = settings_of(pairs, bare, tmp_path / "encoder", shards=str(shards), workers={"count": 2, "threads": 1})
+    start_workers(partial(train, settings, str(tmp_path), current_version(shards)), 2, tmp_path)
+    found = read_curve(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "encoder/sparse_linear.pt").is_file()
+    for one, other in zip(found, curve(uninterrupted), strict=True):
         for name in set(other) - {"tokens", "false_negative_share"}:    # of the first worker's share
-            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=2e-3), (name, one["step"])
+            rounding = 0.02 if "mrr" in name else 2e-3  # a rank is a whole number: two products may change places
+            assert one[name] == pytest.approx(other[name], rel=2e-3, abs=rounding), (name, one["step"])
