@@ -3,7 +3,7 @@
     python benchmarks/finetuned_labels.py --config configs/bench_finetuned_labels/esci.yaml
 
 Every query is reported once, by an encoder that was neither trained nor chosen with it: of the queries of the
-other folds one part chooses (learning rate, early stop, how far from the base weights, weight of the fusion),
+other folds one part chooses (learning rate, how far from the base weights, weight of the fusion),
 the rest are trained on beside pairs made from the products themselves. Recipes without judged pairs know no
 query, so one training reports all of them; they are the rows of `transfer.py`.
 

@@ -32,18 +32,21 @@ class MixConfig(Config):
 
 
 def mix_pairs(config: MixConfig) -> Artifact:
-    """The `pairs` artefact with the train pairs of all parts, thinned, and all their valid pairs."""
+    """The `pairs` artefact with the train pairs of all parts, thinned.
+
+    Valid pairs stay away: whoever trains on these chooses by whole lists of judged queries, and a query
+    with many right products tells little when one of them at a time is looked for among the others.
+    """
     found = [open_artifact(part.pairs, KIND) for part in config.parts]
     key = fingerprint({"parts": [[one.manifest.fingerprint, part.most]
                                  for one, part in zip(found, config.parts, strict=True)], "seed": config.seed})
     if (done := find_artifact(config.output, KIND, key)) is not None:
         return done
-    train = [thinned(_split(one, "train"), part.most, config.seed)
+    train = [thinned(_train_pairs(one), part.most, config.seed)
              for one, part in zip(found, config.parts, strict=True)]
-    valid = [_split(one, "valid") for one in found]
     with stage(config.output, KIND, key) as staging:
         files = [staging.write_table(f"pairs/{split}/mixed.parquet", pa.concat_tables(tables))
-                 for split, tables in (("train", train), ("valid", valid))]
+                 for split, tables in (("train", train), ("valid", [TRAINING_PAIR.empty_table()]))]
         prepared = open_artifact(config.prepared, "prepared")
         facts = {"train pairs of each part": [table.num_rows for table in train], "form": "triplet"}
         return staging.commit(files, config=config, parents={"prepared": prepared.manifest}, facts=facts)
@@ -57,6 +60,6 @@ def thinned(pairs: pa.Table, most: int | None, seed: int) -> pa.Table:
     return pairs.take(pa.array(np.sort(order[:most])))
 
 
-def _split(pairs: Artifact, split: str) -> pa.Table:
+def _train_pairs(pairs: Artifact) -> pa.Table:
     return pa.concat_tables([TRAINING_PAIR.empty_table(),
-                             *(table.cast(TRAINING_PAIR) for table in pairs.tables(f"pairs/{split}/"))])
+                             *(table.cast(TRAINING_PAIR) for table in pairs.tables("pairs/train/"))])
