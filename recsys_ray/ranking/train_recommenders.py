@@ -32,7 +32,6 @@ from recsys_ray.ranking.recommenders import (
     Recommender,
     RecommenderConfig,
     UserItems,
-    best_first,
     fit_recommender,
 )
 
@@ -151,26 +150,31 @@ def head_table(asked: Asked, histories: Histories, fitted: Mapping[str, Recommen
     """(query_id, product_id, label, a score per recommender) of what is to be found and the head of every list."""
     allowed = asked.allowed(histories.eligible)
     parts: dict[str, list[Any]] = {name: [] for name in ("query_id", "product_id", "label", *fitted)}
-    chunks = zip(*(scored_chunks(model, asked.known) for model in fitted.values()), strict=True)
-    for found in chunks:
-        start = found[0][0].start
-        for row in range(len(found[0][1])):
-            user = start + row
-            scores = [np.where(allowed[user], of_model[row], -np.inf) for _, of_model in found]
-            heads = [_head(one, model, listed) for one, model in zip(scores, fitted.values(), strict=True)]
-            items = np.union1d(asked.relevant[user], np.concatenate(heads))
+    for found in zip(*(scored_chunks(model, asked.known) for model in fitted.values()), strict=True):
+        chunk = found[0][0]
+        of_model = [heads(scores, allowed[chunk], model.popularity, listed)
+                    for (_, scores), model in zip(found, fitted.values(), strict=True)]
+        for row, user in enumerate(range(chunk.start, chunk.stop)):
+            items = np.union1d(asked.relevant[user], np.concatenate([lists[row] for lists in of_model]))
             parts["query_id"] += [asked.known.users[user]] * len(items)
             parts["product_id"] += [histories.items[item] for item in items]
             parts["label"] += np.isin(items, asked.relevant[user]).astype(np.int64).tolist()
-            for name, one in zip(fitted, scores, strict=True):
-                parts[name].append(one[items])
+            for name, (_, scores) in zip(fitted, found, strict=True):
+                parts[name].append(scores[row, items])
     columns: dict[str, Any] = {name: parts[name] for name in ("query_id", "product_id", "label")}
     return pa.table({**columns, **{name: np.concatenate(parts[name]) for name in fitted}})
 
 
-def _head(scores: Floats, model: Recommender, listed: int) -> npt.NDArray[np.int64]:
-    best = best_first(scores, model.popularity, (), listed)
-    return best[np.isfinite(scores[best])]
+def heads(scores_UI: Floats, allowed_UI: npt.NDArray[np.bool_], popularity: Floats, listed: int
+          ) -> list[npt.NDArray[np.int64]]:
+    """The best `listed` allowed items of each user, best first; ties by popularity, then by place."""
+    masked = np.where(allowed_UI, scores_UI, -np.inf)
+    count = min(listed, masked.shape[1])
+    best_UL = np.argpartition(-masked, count - 1, axis=1)[:, :count]
+    found_UL = np.take_along_axis(masked, best_UL, axis=1)
+    order_UL = np.lexsort((best_UL, -popularity[best_UL], -found_UL))
+    best_UL, found_UL = (np.take_along_axis(one, order_UL, axis=1) for one in (best_UL, found_UL))
+    return [best[np.isfinite(found)] for best, found in zip(best_UL, found_UL, strict=True)]
 
 
 def _write_candidates(staging: Staging, name: str, model: Recommender, histories: Histories, listed: int) -> FileEntry:
@@ -182,17 +186,20 @@ def _write_candidates(staging: Staging, name: str, model: Recommender, histories
 
 def candidate_table(model: Recommender, known: Sequences, histories: Histories, listed: int) -> pa.Table:
     """(query_id, product_id, rank): the head of the list of each user, without what is known."""
-    ids = pa.array(histories.items, pa.string())
+    eligible = np.flatnonzero(histories.eligible)
+    column = np.full(len(histories.items), -1)
+    column[eligible] = np.arange(len(eligible))
     query, product, rank = [], [], []
     for chunk, scores in scored_chunks(model, known):
-        scores[:, ~histories.eligible] = -np.inf
-        for row, user in enumerate(range(chunk.start, chunk.stop)):
-            scores[row, known.of(user)] = -np.inf
-            best = _head(scores[row], model, listed)
-            query.append(np.full(len(best), user))
-            product.append(best)
+        allowed = np.ones((len(scores), len(eligible)), dtype=bool)
+        for row in range(len(scores)):
+            mine = column[known.of(chunk.start + row)]
+            allowed[row, mine[mine >= 0]] = False
+        for row, best in enumerate(heads(scores[:, eligible], allowed, model.popularity[eligible], listed)):
+            query.append(np.full(len(best), chunk.start + row))
+            product.append(eligible[best])
             rank.append(np.arange(1, len(best) + 1))
-    users = pa.array(known.users, pa.string())
+    users, ids = pa.array(known.users, pa.string()), pa.array(histories.items, pa.string())
     return pa.table({"query_id": users.take(pa.array(_cat(query))), "product_id": ids.take(pa.array(_cat(product))),
                      "rank": pa.array(_cat(rank), pa.int32())})
 

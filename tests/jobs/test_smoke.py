@@ -159,6 +159,26 @@ def test_finetune_cross_encoder() -> None:
     assert model.parents["pairs"] == manifest("reranker-pairs", "reranker_pairs").reference
 
 
+def test_train_recommenders() -> None:
+    assert run_job("train_recommenders") == 0
+    facts = manifest("recommenders", "recommenders").facts
+    assert facts["timed"]
+    assert set(facts["chosen"]) == {"popularity", "item_knn", "ease"}
+
+
+def test_finetune_sequence() -> None:
+    assert run_job("finetune_sequence", "max_steps=3", "evaluate_every=3", "workers.count=0") == 0
+    sequence = manifest("sequence", "sequence_model")
+    assert sequence.facts["steps"] == 3
+    assert sequence.parents["embeddings"] == manifest("embeddings", "embeddings").reference
+
+
+def test_evaluate_ranking() -> None:
+    assert run_job("train_recommenders") == 0       # made already, unless this test runs alone
+    assert run_job("evaluate_ranking", "samples=100") == 0
+    assert set(manifest("ranking", "ranking").facts["systems"]) == {"random", "popularity", "item_knn", "ease"}
+
+
 def test_score_pairs() -> None:
     """Three steps make no teacher: the job says so and leaves; told otherwise its scores are learned from."""
     small = ("queries=60", "candidates=10", "workers=1")
