@@ -19,9 +19,12 @@ from recsys_ray.retrieval.learned_sparse import SparsePostings
 
 
 class SignalsConfig(Config):
-    """How token weights and token vectors join the other scores; BGE-M3's own three are 1 : 0.3 : 1."""
+    """How token weights and token vectors join the other scores.
 
-    fusion: FusionConfig = FusionConfig(dense_weight=0.2, sparse_weight=0.06, multi_weight=0.2)
+    BM25 keeps its weight of `hybrid`; the three share the rest in BGE-M3's proportion, 1 : 0.3 : 1.
+    """
+
+    fusion: FusionConfig = FusionConfig(dense_weight=0.15, sparse_weight=0.05, multi_weight=0.15)
     rescored: int = Field(default=100, ge=1)        # candidates of a query that late interaction scores
 
 

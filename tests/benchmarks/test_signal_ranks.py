@@ -51,7 +51,7 @@ def test_all_scores_rank_as_put_together_by_hand(encoder: BgeM3Encoder, rescored
         multi = np.array([np.mean([max(float(q @ d) for d in has.signals.multi.row(place).astype(float))
                                    for q in asks.signals.multi.row(number).astype(float)]) for place in range(count)],
                          np.float32)
-        first = fuse(dense, lexical, FusionConfig(dense_weight=0.4, sparse_weight=0.06), sparse)
+        first = fuse(dense, lexical, FusionConfig(dense_weight=0.3, sparse_weight=0.05), sparse)
         multi[np.argsort(-first, kind="stable")[rescored:]] = np.nan
         whole = fuse(dense, lexical, config.fusion, sparse, multi)
         better = int((whole > whole[asked.target[number]] + 1e-6).sum())
