@@ -242,7 +242,8 @@ def _scattered(source: SourceConfig, buckets: int, scratch: str, counts: Counter
 
 
 def _scatter(buckets: int, scratch: str, block: pa.Table) -> pa.Table:
-    usable = block.filter(pc.and_(block["_error"].is_null(), block["user_id"].is_valid()))
+    named = pc.and_(block["user_id"].is_valid(), block["product_id"].is_valid())
+    usable = block.filter(pc.and_(block["_error"].is_null(), named))
     if "kind" not in usable.column_names:
         usable = usable.append_column("kind", pa.array(["rating"] * usable.num_rows, pa.string()))
     rows = conform(usable, INTERACTION, "interactions")

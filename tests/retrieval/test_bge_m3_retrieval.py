@@ -208,9 +208,12 @@ def test_what_was_not_embedded_cannot_be_asked_and_damage_is_refused(
     both = RetrieverConfig(depth=40, fusion=FusionConfig(window=8))     # signals are there, but have no weight
     table = retrieve(tmp_path / "whole", loaded, both)
     assert table["sparse_score"].null_count == table["multi_score"].null_count == table.num_rows
-    columns = ["query_id", "product_id", "rank", "score"]
+    columns = ["query_id", "product_id", "rank"]
     index_plain = Retriever(loaded, index, both).retrieve([f"q{i}" for i in range(len(QUERIES))], QUERIES, 10)
     assert table.select(columns).equals(index_plain.select(columns))
+    # the vectors come from another form of the same sums, and normalising the close scores of random weights
+    # makes its rounding some hundred times larger
+    np.testing.assert_allclose(table["score"].to_numpy(), index_plain["score"].to_numpy(), atol=1e-3)
     with pytest.raises(RetrieverError, match="sparse_score"):
         refuse_candidates(table, OWN, 3)
     again = refuse_candidates(retrieve(tmp_path / "whole", loaded, asked(), k=40), OWN, 10)

@@ -203,7 +203,9 @@ def test_a_service_weighs_token_weights_and_vectors(local_ray: None, service: ht
                 time.sleep(0.2)
             found = answer.json()["items"]
             assert [item["product_id"] for item in found] == [hit.product_id for hit in expected]
-            assert [item["score"] for item in found] == pytest.approx([hit.score for hit in expected], abs=1e-6)
+            # replicas have another number of threads; normalising the close scores of random weights makes its
+            # rounding some hundred times larger
+            assert [item["score"] for item in found] == pytest.approx([hit.score for hit in expected], abs=1e-3)
     finally:
         serve.delete(config.name)
 
