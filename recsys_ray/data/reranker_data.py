@@ -220,7 +220,7 @@ def _collected(dataset: ray.data.Dataset, work: Callable[[pa.Table], pa.Table], 
 
 def _of_usable(work: Callable[[pa.Table], pa.Table], block: pa.Table) -> pa.Table:
     """The rows, and one that counts those that could not be used."""
-    usable = block.filter(block["_error"].is_null())
+    usable = block.filter(pc.and_(block["_error"].is_null(), block["product_id"].is_valid()))
     rows = work(usable)
     bad = pa.table({"_unusable": pa.array([block.num_rows - usable.num_rows], pa.int64())})
     return pa.concat_tables([rows.append_column("_unusable", pa.nulls(rows.num_rows, pa.int64())), bad],
