@@ -106,6 +106,23 @@ HISTORY = _schema(                      # what is known of users; held_out: thei
     ("timestamp_ms", pa.int64()), ("held_out", pa.bool_()), ("split", pa.string()),
     required=("user_id", "product_id", "kind", "held_out", "split"),
 )
+CONCERN_PRODUCT = _schema(              # what a concern model reads of a product
+    ("product_id", pa.string()), ("row_id", pa.int64()), ("title", pa.string()),
+    ("ingredients", pa.string()),       # as written; null when there are none
+    ("category", pa.string()),
+    ("group_id", pa.int64()),           # near-duplicates share it, and so a split
+    ("split", pa.string()),             # train | valid | test
+    required=("product_id", "row_id", "title", "group_id", "split"),
+)
+CONCERN_LABEL = _schema(                # one row per product and concern
+    ("product_id", pa.string()), ("concern", pa.string()),
+    ("label", pa.int8()),               # 1 | 0; null: no rule spoke (unlabelled)
+    ("rules", TEXTS),                   # the rules that made the label
+    ("conflict", pa.bool_()),           # rules spoke for and against
+    ("held_out", pa.bool_()),           # made by withheld rules alone: masked in train and valid, counted in test
+    ("split", pa.string()),
+    required=("product_id", "concern", "rules", "conflict", "held_out", "split"),
+)
 ITEM = _schema(                         # a catalogue as the reranker sees it
     ("product_id", pa.string()), ("title", pa.string()), ("author", pa.string()), ("genres", TEXTS),
     ("text", pa.string()), ("popularity", pa.int64()),  # liked by so many training users
