@@ -107,7 +107,7 @@ class TrainableBert(nn.Module):
         layout = read_layout(find_model(config.model))
         running = TextEncoderConfig(device=config.device, dtype=config.dtype)
         device = device_of(running)
-        body = _load_body(layout)
+        body = load_body(layout)
         if config.freeze_token_embeddings:
             body.embeddings.word_embeddings.requires_grad_(False)
         if config.lora is not None:
@@ -248,7 +248,7 @@ def _is_description(path: Path) -> bool:
     return path.suffix in {".json", ".txt", ".model"} and path.name.startswith(DESCRIPTIONS)
 
 
-def _load_body(layout: SentenceLayout) -> Any:
+def load_body(layout: SentenceLayout) -> Any:
     from transformers import AutoModel
     from transformers.utils import logging as hub_logging
 

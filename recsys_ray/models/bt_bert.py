@@ -1,0 +1,269 @@
+"""BT-BERT: does a product help against a concern? The answer is what the query's first token sends to itself.
+
+The label is part of the input, so a new concern is a new query and no new output. Of the last layer only attention
+is computed, and of attention one entry: the row and the column of token 0. With the query and the key of token 0 in
+head h of the last layer, q_h and k_h (each d numbers), its score is s_h = q_h . k_h / sqrt(d), and after the softmax
+over all tokens j of the input x_h = exp(s_h0) / sum_j exp(s_hj), between 0 and 1. The logit z of a pair is one of
+
+    presoftmax          a * sum_h s_h + b       needs the states of token 0 alone: the layer before is short, too
+    literal_softmax16   16 * sum_h x_h          as published; never below 0, so no probability is ever below one half
+    affine16            16 a * sum_h x_h + b    the same with a learned scale and bias
+    logodds             a * log(x / (1 - x)) + b, with x = mean_h x_h
+    explicit            w_c . state of [CLS] + b_c      an ordinary output for each concern: the baseline
+
+The published listing reads attentions after the softmax and multiplies by 16 ("Beauty Beyond Words", arXiv
+2409.13628, algorithm 1). Scale a and bias b start so that the mean prediction equals the share of positives.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from recsys_ray.config import Config
+from recsys_ray.models.bt_bert_input import BtBertTokenizer, Style, Tokens
+from recsys_ray.models.sentence_layout import EncoderError, SentenceLayout, find_model, read_pair_layout
+from recsys_ray.models.trainable_bert import TrainableBert, TrainableConfig, TrainableOptions, load_body
+
+KIND = "bt_bert"                # of the artefact, and the name of its directory
+HEAD, CARD = "bt_bert.safetensors", "bt_bert.json"
+Mode = Literal["presoftmax", "literal_softmax16", "logodds", "affine16", "explicit"]
+PUBLISHED_SCALE = 16.0
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "sentencepiece", "unigram")
+EPSILON = 1e-6
+
+
+class Concern(Config):
+    """One concern and the words that ask for it."""
+
+    name: str
+    query: str
+
+
+class Calibration(Config):
+    """What turns logits into probabilities and probabilities into a decision; found on validation products."""
+
+    temperature: float = Field(default=1.0, gt=0)       # logits are divided by it
+    thresholds: dict[str, float] = Field(default_factory=dict)      # by concern; one half where none is given
+
+
+class BtBertCard(Config):
+    """All that is needed beside the weights to score with them."""
+
+    mode: Mode = "presoftmax"
+    layout: Literal["paper", "seed"] = "paper"          # of the input; explicit models have no query in it
+    max_tokens: int = Field(default=512, ge=16)
+    concerns: tuple[Concern, ...]
+    calibration: Calibration = Calibration()
+
+    @property
+    def style(self) -> Style:
+        """How inputs are put together."""
+        return "explicit" if self.mode == "explicit" else self.layout
+
+    def names(self) -> list[str]:
+        """The concerns by name, in the order of the outputs."""
+        return [one.name for one in self.concerns]
+
+
+class BtBert(nn.Module):
+    """Token ids of N inputs -> logits with gradients: float32 (N,), or (N, C) of an explicit model."""
+
+    encoder: TrainableBert
+
+    def __init__(self, body: Any, layout: SentenceLayout, card: BtBertCard, options: TrainableOptions, dtype: str
+                 ) -> None:
+        super().__init__()
+        if layout.not_packed:
+            raise EncoderError(f"{layout.root}: cannot be used here: {layout.not_packed}")
+        self.card, self.layout = card, layout
+        self._whole: list[Any] = []     # the last layer, for saving; of it only the parts below are used
+        if card.mode != "explicit":
+            if len(body.encoder.layer) < 2:
+                raise EncoderError(f"{layout.root}: has one layer; the logit needs a layer after another")
+            last = body.encoder.layer[-1]
+            body.encoder.layer = body.encoder.layer[:-1]
+            self._whole = [last]
+            self.query, self.key = last.attention.self.query, last.attention.self.key
+        if options.freeze_token_embeddings:
+            body.embeddings.word_embeddings.requires_grad_(False)
+        self.encoder = TrainableBert(body, layout, TrainableConfig(**options.model_dump()), dtype)
+        outputs, width = len(card.concerns), int(body.config.hidden_size)
+        if card.mode == "explicit":
+            self.output = nn.Linear(width, outputs)
+        elif card.mode != "literal_softmax16":
+            self.scale, self.bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+
+    @classmethod
+    def load(cls, model: str, card: BtBertCard | None, options: TrainableOptions, dtype: str, device: str) -> Self:
+        """A BT-BERT folder or artefact with its head, or any BERT-family body with a new one.
+
+        `card`: the concerns and the mode; None: those of the folder. Where the folder's mode is the same its scale
+        and bias are kept, and of an explicit model the outputs of the concerns that it knows.
+        """
+        root = find_model(model, KIND)
+        layout = read_pair_layout(root)
+        own = read_card(root) if (root / CARD).is_file() else None
+        wanted = card or own
+        if wanted is None:
+            raise EncoderError(f"{root}: has no {CARD}, so it is a bare body: say which concerns it is to know")
+        found = cls(load_body(layout), layout, wanted, options, dtype)
+        if own is not None and own.mode == wanted.mode:
+            found.take_head(own, load_file(root / HEAD))
+        return found.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.encoder.device
+
+    def head(self) -> dict[str, Tensor]:
+        """The parameters beside the body: scale and bias, or the outputs."""
+        if self.card.mode == "explicit":
+            return {"output.weight": self.output.weight, "output.bias": self.output.bias}
+        return {} if self.card.mode == "literal_softmax16" else {"scale": self.scale, "bias": self.bias}
+
+    @torch.no_grad()
+    def take_head(self, card: BtBertCard, head: dict[str, Tensor]) -> None:
+        """Take over a head; of an explicit model the outputs of the concerns that both know."""
+        if self.card.mode != "explicit":
+            for name, mine in self.head().items():
+                mine.copy_(head[name])
+            return
+        known = card.names()
+        for place, name in enumerate(self.card.names()):
+            if name in known:
+                self.output.weight[place] = head["output.weight"][known.index(name)]
+                self.output.bias[place] = head["output.bias"][known.index(name)]
+
+    def forward(self, token_ids: Sequence[Tokens]) -> Tensor:
+        """The logits of N inputs."""
+        raw = self.raw(token_ids)
+        if self.card.mode == "explicit":
+            return raw
+        if self.card.mode == "literal_softmax16":
+            return PUBLISHED_SCALE * raw
+        return self.scale * (PUBLISHED_SCALE * raw if self.card.mode == "affine16" else raw) + self.bias
+
+    def raw(self, token_ids: Sequence[Tokens]) -> Tensor:
+        """What the network gives before scale and bias: float32 (N,), or the outputs (N, C)."""
+        mode = self.card.mode
+        if mode == "explicit":
+            outputs_NC: Tensor = self.output(self.encoder(token_ids))
+            return outputs_NC
+        if mode == "presoftmax":
+            first_ND = self.encoder(token_ids)
+            scores_NH = first_scores(self._heads(self.query(first_ND)), self._heads(self.key(first_ND)))
+            return scores_NH.sum(dim=1)
+        x_NH = self._self_attention(token_ids)
+        if mode == "logodds":
+            x_N = x_NH.mean(dim=1).clamp(EPSILON, 1 - EPSILON)
+            return torch.log(x_N) - torch.log1p(-x_N)
+        return x_NH.sum(dim=1)
+
+    def _self_attention(self, token_ids: Sequence[Tokens]) -> Tensor:
+        """How much of token 0's attention is on itself, after the softmax, of each head, (N, H)."""
+        states_TD, lengths = self.encoder.hidden_states(token_ids)
+        states_TD = states_TD.float()
+        sizes = torch.tensor(lengths, device=states_TD.device)
+        firsts = sizes.cumsum(0) - sizes
+        texts = torch.repeat_interleave(torch.arange(len(lengths), device=sizes.device), sizes)
+        query_NHd = self._heads(self.query(states_TD[firsts]))
+        scores_TH = first_scores(query_NHd[texts], self._heads(self.key(states_TD)))
+        highest_NH = torch.full((len(lengths), scores_TH.shape[1]), -torch.inf, device=sizes.device).scatter_reduce(
+            0, texts[:, None].expand_as(scores_TH), scores_TH.detach(), "amax")
+        weights_TH = torch.exp(scores_TH - highest_NH[texts])
+        total_NH = torch.zeros_like(highest_NH).index_add(0, texts, weights_TH)
+        return weights_TH[firsts] / total_NH
+
+    def _heads(self, states_ND: Tensor) -> Tensor:
+        return states_ND.view(len(states_ND), self.encoder.heads, -1)
+
+    @torch.no_grad()
+    def start(self, token_ids: Sequence[Tokens], prior: Tensor) -> None:
+        """Set scale and bias so that the mean prediction over these inputs equals `prior`.
+
+        `prior`: the share of positives, () or, of an explicit model, (C,). The spread of a pair logit starts at 1.
+        """
+        wanted = torch.logit(prior.double().clamp(EPSILON, 1 - EPSILON)).float().to(self.device)
+        if self.card.mode == "explicit":
+            self.output.weight.mul_(0.0)
+            self.output.bias.copy_(wanted.expand_as(self.output.bias))
+        elif self.card.mode != "literal_softmax16":
+            raw = self.raw(token_ids) * (PUBLISHED_SCALE if self.card.mode == "affine16" else 1.0)
+            spread = float(raw.std()) if len(raw) > 1 else 0.0
+            self.scale.fill_(1.0 / max(spread, EPSILON) if spread > EPSILON else 1.0)
+            self.bias.copy_(_bias_for(self.scale * raw, float(torch.sigmoid(wanted))))
+
+    def tokenizer(self) -> BtBertTokenizer:
+        """What makes this model's inputs."""
+        return BtBertTokenizer(self.layout, self.card.style, self.card.max_tokens)
+
+    def save(self, root: Path, calibration: Calibration, card: str = "") -> None:
+        """Write an ordinary Transformers folder with the head beside it, and `card` as its README.md."""
+        target = Path(root)
+        target.mkdir(parents=True, exist_ok=True)
+        for path in self.layout.transformer.iterdir():
+            if path.name.startswith(TOKENIZER_FILES) and path.suffix in {".json", ".txt", ".model"}:
+                shutil.copyfile(path, target / path.name)
+        body = self.encoder.body if self.encoder.config.lora is None else _merged(self.encoder.body)
+        layers = body.encoder.layer
+        body.encoder.layer = nn.ModuleList([*layers, *self._whole])
+        try:
+            body.save_pretrained(target)
+        finally:
+            body.encoder.layer = layers
+        save_file({name: one.detach().cpu().contiguous() for name, one in self.head().items()}, target / HEAD)
+        described = self.card.replace(calibration=calibration)
+        (target / CARD).write_text(described.model_dump_json(indent=2), encoding="utf-8")
+        if card:
+            (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def first_scores(query_NHd: Tensor, key_NHd: Tensor) -> Tensor:
+    """Attention scores of query and key of the same row, before any softmax, (N, H)."""
+    return (query_NHd * key_NHd).sum(dim=-1) * query_NHd.shape[-1] ** -0.5
+
+
+def _bias_for(scores: Tensor, share: float) -> Tensor:
+    """The bias with which the mean of sigmoid(scores + bias) is `share`, by bisection."""
+    low, high = -60.0 - float(scores.max()), 60.0 - float(scores.min())
+    for _ in range(80):
+        middle = (low + high) / 2
+        if float(torch.sigmoid(scores.double() + middle).mean()) < share:
+            low = middle
+        else:
+            high = middle
+    return torch.tensor((low + high) / 2, dtype=scores.dtype, device=scores.device)
+
+
+def _merged(body: Any) -> Any:
+    import copy
+
+    return copy.deepcopy(body).merge_and_unload()
+
+
+def read_card(root: Path) -> BtBertCard:
+    """What a BT-BERT folder says of itself; raises `EncoderError` when it is none."""
+    path = Path(root) / CARD
+    if not path.is_file():
+        raise EncoderError(f"{path}: missing; this is no BT-BERT model: train one with jobs/finetune_bt_bert.py")
+    try:
+        return BtBertCard.model_validate(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise EncoderError(f"{path}: {error}") from None
+
+
+def probabilities(logits: np.ndarray[Any, Any], temperature: float) -> np.ndarray[Any, Any]:
+    """Logits (N, C) -> probabilities, float32."""
+    found: np.ndarray[Any, Any] = (1.0 / (1.0 + np.exp(-np.clip(logits / temperature, -60, 60)))).astype(np.float32)
+    return found

@@ -1,0 +1,178 @@
+"""BT-BERT against the model hub's own attentions, its modes, its start and its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recsys_ray.models.bt_bert import BtBert, BtBertCard, Calibration, Concern, Mode, read_card
+from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer
+from recsys_ray.models.sentence_layout import EncoderError
+from recsys_ray.models.trainable_bert import TrainableOptions
+
+CONCERNS = (Concern(name="acne", query="ac"), Concern(name="redness", query="re"))
+INGREDIENTS = ["aqua, glycerin", "aqua, salicylic acid, niacinamide, parfum", None]
+TITLES = ["night cream", "a gel", "balm"]
+
+
+def model_of(root: Path, mode: str, layout: str = "paper", **options: Any) -> BtBert:
+    torch.manual_seed(0)
+    card = BtBertCard.model_validate({"mode": mode, "layout": layout, "max_tokens": 48,
+                                      "concerns": [one.model_dump() for one in CONCERNS]})
+    return BtBert.load(str(root), card, TrainableOptions(dropout=0.0, **options), "float32", "cpu").eval()
+
+
+def inputs_of(model: BtBert) -> list[Any]:
+    tokens = model.tokenizer()
+    products = tokens.products(INGREDIENTS, TITLES)
+    if model.card.mode == "explicit":
+        return [tokens.pair(None, one).ids for one in products]
+    queries = [tokens.query(one.query) for one in CONCERNS]
+    return [tokens.pair(query, one).ids for one in products for query in queries]
+
+
+def attention_of_hub(root: Path, ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scores before, weights after the softmax) of token 0 for itself in the last layer, (H,) each."""
+    from transformers import AutoModel
+
+    hub = AutoModel.from_pretrained(str(root), attn_implementation="eager").eval()
+    with torch.no_grad():
+        found = hub(input_ids=torch.from_numpy(ids.astype(np.int64))[None], output_attentions=True,
+                    output_hidden_states=True)
+        mixer, state = hub.encoder.layer[-1].attention.self, found.hidden_states[-2][0, 0]
+        heads = hub.config.num_attention_heads
+        query, key = mixer.query(state).view(heads, -1), mixer.key(state).view(heads, -1)
+    return (query * key).sum(1) / query.shape[1] ** 0.5, found.attentions[-1][0, :, 0, 0]
+
+
+@pytest.mark.parametrize("body", ["bert", "xlm-roberta"])
+@pytest.mark.parametrize("layout", ["paper", "seed"])
+def test_logits_are_made_of_the_hubs_own_attention(tiny_text_model: Callable[..., Path], body: str, layout: str
+                                                   ) -> None:
+    root = tiny_text_model(body)
+    for mode in ("presoftmax", "literal_softmax16", "affine16", "logodds"):
+        model = model_of(root, mode, layout)
+        ids = inputs_of(model)
+        raw = model.raw(ids).detach()
+        for one, found in zip(ids, raw, strict=True):
+            before, after = attention_of_hub(root, one)
+            mean = after.mean()
+            wanted = {"presoftmax": before.sum(), "literal_softmax16": after.sum(), "affine16": after.sum(),
+                      "logodds": torch.log(mean / (1 - mean))}[mode]
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_query_has_a_constant_place(tiny_text_model: Callable[..., Path]) -> None:
+    root = tiny_text_model()
+    tokens = model_of(root, "presoftmax").tokenizer()
+    product = tokens.products(["aqua, glycerin"], ["night cream"])[0]
+    padded = tokens.query("a")
+    assert len(padded) == 3
+    assert padded[1] == padded[2]
+    pair = tokens.pair(padded, product)
+    assert pair.query == slice(0, 3)
+    assert np.array_equal(pair.ids[pair.ingredients], product.ingredients)
+    assert np.array_equal(pair.ids[pair.ingredients.stop + 1:], product.title)
+
+
+def test_a_long_list_leaves_room_for_the_title(tiny_text_model: Callable[..., Path]) -> None:
+    tokens = model_of(tiny_text_model(), "presoftmax").tokenizer()
+    many = tokens.products([", ".join(["aqua"] * 3000)], ["a b c d e"])[0]
+    pair = tokens.pair(tokens.query("a"), many)
+    assert len(pair.ids) == 48
+    assert np.array_equal(pair.ids[pair.ingredients.stop + 1:], many.title)
+
+
+def test_a_query_that_does_not_fit_is_named(tiny_text_model: Callable[..., Path]) -> None:
+    tokens = model_of(tiny_text_model(), "presoftmax").tokenizer()
+    with pytest.raises(EncoderError, match=r"'a b c d'.*room for 3"):
+        tokens.query("a b c d")
+    with pytest.raises(EncoderError, match="no token"):
+        tokens.query(" ")
+
+
+@pytest.fixture(scope="module")
+def literal(tiny_text_model: Callable[..., Path]) -> BtBert:
+    return model_of(tiny_text_model(), "literal_softmax16")
+
+
+@settings(max_examples=25, deadline=None)
+@given(ingredients=st.text(max_size=60), title=st.text(max_size=30), growth=st.floats(-30, 30))
+def test_the_published_logit_never_says_no(literal: BtBert, ingredients: str, title: str, growth: float) -> None:
+    """Weights are not negative, so their sum is not, so no probability is below one half, whatever is learned."""
+    tokens = literal.tokenizer()
+    with torch.no_grad():
+        literal.query.weight.copy_(growth * torch.eye(len(literal.query.weight)))
+        pair = tokens.pair(tokens.query("ac"), tokens.products([ingredients], [title])[0])
+        assert float(torch.sigmoid(literal([pair.ids]))[0]) >= 0.5
+
+
+@pytest.mark.parametrize("mode", [mode for mode in get_args(Mode) if mode != "literal_softmax16"])
+def test_the_first_predictions_equal_the_prior(tiny_text_model: Callable[..., Path], mode: str) -> None:
+    model = model_of(tiny_text_model(), mode)
+    ids = inputs_of(model)
+    prior = torch.tensor([0.2, 0.05]) if mode == "explicit" else torch.tensor(0.13)
+    model.start(ids, prior)
+    found = torch.sigmoid(model(ids)).detach().mean(dim=0)
+    torch.testing.assert_close(found, prior, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", get_args(Mode))
+def test_a_saved_model_scores_the_same_and_is_an_ordinary_folder(tiny_text_model: Callable[..., Path], mode: str,
+                                                                 tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    model = model_of(tiny_text_model(), mode)
+    ids = inputs_of(model)
+    model.start(ids, torch.tensor(0.3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    logits = model(ids).detach().reshape(len(TITLES), len(CONCERNS))
+    model.save(tmp_path / "saved", Calibration(temperature=2.0, thresholds={"acne": 0.4}), "# a card")
+    assert AutoModel.from_pretrained(str(tmp_path / "saved")).config.num_hidden_layers == 2
+    again = BtBert.load(str(tmp_path / "saved"), None, TrainableOptions(dropout=0.0), "float32", "cpu").eval()
+    torch.testing.assert_close(again(ids).reshape(logits.shape), logits)
+    scorer = BtBertScorer(BtBertConfig(model=str(tmp_path / "saved"), dtype="float32", device="cpu", token_budget=70))
+    np.testing.assert_allclose(scorer.logits(INGREDIENTS, TITLES), logits.numpy(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(scorer.score(INGREDIENTS, TITLES), torch.sigmoid(logits / 2).numpy(), atol=1e-4)
+    assert scorer.card.calibration.thresholds == {"acne": 0.4}
+
+
+def test_a_new_concern_is_a_new_query(tiny_text_model: Callable[..., Path], tmp_path: Path) -> None:
+    new = Concern(name="age", query="age")
+    for mode in ("presoftmax", "explicit"):
+        model = model_of(tiny_text_model(), mode)
+        model.save(tmp_path / mode, Calibration())
+        scorer = BtBertScorer(BtBertConfig(model=str(tmp_path / mode), dtype="float32", device="cpu"))
+        if mode == "explicit":
+            with pytest.raises(EncoderError, match="no output for age; it knows acne, redness"):
+                scorer.score(INGREDIENTS, TITLES, (new,))
+        else:
+            both = scorer.score(INGREDIENTS, TITLES, (*CONCERNS, new))
+            assert both.shape == (3, 3)
+            np.testing.assert_allclose(both[:, :2], scorer.score(INGREDIENTS, TITLES), atol=1e-6)
+
+
+def test_known_outputs_are_kept_when_a_concern_is_added(tiny_text_model: Callable[..., Path], tmp_path: Path) -> None:
+    model = model_of(tiny_text_model(), "explicit")
+    model.save(tmp_path / "old", Calibration())
+    card = model.card.replace(concerns=[{"name": "age", "query": "age"}, *[one.model_dump() for one in CONCERNS]])
+    wider = BtBert.load(str(tmp_path / "old"), card, TrainableOptions(), "float32", "cpu")
+    torch.testing.assert_close(wider.output.weight[1:], model.output.weight)
+    assert read_card(tmp_path / "old").names() == ["acne", "redness"]
+
+
+def test_a_bare_body_needs_concerns_and_a_folder_without_a_card_is_named(tiny_text_model: Callable[..., Path]) -> None:
+    root = tiny_text_model()
+    with pytest.raises(EncoderError, match="bare body"):
+        BtBert.load(str(root), None, TrainableOptions(), "float32", "cpu")
+    with pytest.raises(EncoderError, match="finetune_bt_bert"):
+        BtBertScorer(BtBertConfig(model=str(root)))
