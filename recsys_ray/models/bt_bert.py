@@ -231,7 +231,8 @@ class BtBert(nn.Module):
 
 def first_scores(query_NHd: Tensor, key_NHd: Tensor) -> Tensor:
     """Attention scores of query and key of the same row, before any softmax, (N, H)."""
-    return (query_NHd * key_NHd).sum(dim=-1) * query_NHd.shape[-1] ** -0.5
+    scores_NH: Tensor = (query_NHd * key_NHd).sum(dim=-1) * query_NHd.shape[-1] ** -0.5
+    return scores_NH
 
 
 def _bias_for(scores: Tensor, share: float) -> Tensor:

@@ -249,6 +249,7 @@ def _is_description(path: Path) -> bool:
 
 
 def load_body(layout: SentenceLayout) -> Any:
+    """The model hub's own body in float32; raises `EncoderError` when the files lack some of its weights."""
     from transformers import AutoModel
     from transformers.utils import logging as hub_logging
 
