@@ -11,6 +11,7 @@ from recsys_ray.models.sentence_layout import MINILM
 from recsys_ray.training.bge import FinetuneBgeConfig
 
 if TYPE_CHECKING:
+    from recsys_ray.training.bt_bert import FinetuneBtBertConfig
     from recsys_ray.training.cross_encoder import FinetuneCrossEncoderConfig
 
 MOST_ROWS = 12
@@ -119,6 +120,66 @@ def reranker_card(config: FinetuneCrossEncoderConfig, values: Mapping[str, Any],
         sha=git_sha(), settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         first_loss=_mean(losses[:tenth]), last_loss=_mean(losses[-tenth:]),
         validation=_validation("Lists of the validation split", config.validation.objective, values, curve))
+
+
+BT_BERT_CARD = """---
+library_name: transformers
+pipeline_tag: text-classification
+tags: [bt-bert, cosmetics, ingredients]
+base_model: {base}
+---
+
+# Which concerns a beauty product addresses, fine-tuned from {base}
+
+Reads the ingredients and the title of a product together with a concern ({concerns}) and gives the probability that
+the product helps. The body is an ordinary Transformers folder; the logit ({mode}) is made of one entry of its last
+layer's attention, with the numbers in `bt_bert.safetensors` and `bt_bert.json`.
+
+```python
+from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer
+
+scorer = BtBertScorer(BtBertConfig(model="path/to/this/folder"))
+print(scorer.score(["Aqua, Niacinamide, Zinc PCA"], ["Mattifying gel"]))     # (1, {count}) probabilities
+```
+
+## Training
+
+{products} products, {pairs} examples, {steps} steps of {batch}{early}; {tokens} tokens; code version {sha}.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+The loss was {first_loss} over the first tenth of the steps and {last_loss} over the last.
+
+## Validation
+
+{validation}
+
+Logits are divided by {temperature:g}; a concern is said to be addressed from these probabilities on: {thresholds}.
+These labels are what rules or annotators said, not the truth about a product.
+"""
+
+
+def bt_bert_card(config: FinetuneBtBertConfig, values: Mapping[str, Any], curve: Sequence[Mapping[str, Any]]) -> str:
+    """The card of a BT-BERT's run: `values` are its progress and counts, `curve` its lines."""
+    losses = [line["loss"] for line in curve if line.get("loss") is not None]
+    tenth, optim, found = max(1, len(losses) // 10), config.optim, values["calibration"]
+    settings = {
+        "logit": config.mode, "input": "ingredients and title" if config.mode == "explicit" else config.layout,
+        "learning rate": f"{optim.learning_rate:g}, {optim.schedule}, {optim.warmup:.0%} warm-up",
+        "weight decay": optim.weight_decay, "longest input": f"{config.max_tokens} tokens", "seed": config.seed,
+        "unlabelled pairs": f"negatives of weight {config.unlabelled_weight:g}"}
+    return BT_BERT_CARD.format(
+        base=_base(config.model), concerns=", ".join(values["concerns"]), count=len(values["concerns"]),
+        mode=config.mode, products=f"{values['products']['train']:,}", pairs=f"{values['pairs']:,}",
+        steps=f"{values['step']:,}", batch=config.sampler.batch_size * config.accumulate,
+        early=", stopped early" if values["stopped"] else "", tokens=f"{values['sums'].get('tokens', 0):,.0f}",
+        sha=git_sha(), settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
+        first_loss=_mean(losses[:tenth]), last_loss=_mean(losses[-tenth:]),
+        validation=_validation("Products of the validation split", "macro_ap", values, curve),
+        temperature=found["temperature"], thresholds=", ".join(
+            f"{name} {found['thresholds'].get(name, 0.5):.2f}" for name in values["concerns"]))
 
 
 def _base(model: str) -> str:

@@ -1,0 +1,212 @@
+"""Fine-tuning of BT-BERT from labels to a published folder: modes, weights, replay, resuming, workers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from recsys_ray.artifacts import Artifact, open_artifact, stage
+from recsys_ray.config import Config, ConfigError
+from recsys_ray.models.bt_bert import read_card
+from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer
+from recsys_ray.schema import CONCERN_LABEL, CONCERN_PRODUCT
+from recsys_ray.training.bt_bert import FinetuneBtBertConfig, average_precisions, class_weights, replayed, units_of
+from recsys_ray.training.bt_bert_run import finetune_bt_bert, finetune_here
+from recsys_ray.training.calibration import best_threshold, calibrate
+from recsys_ray.training.concern_pairs import ConcernPairs, concerns_of, read_pairs
+from recsys_ray.training.trackers import read_curve
+
+REPO = Path(__file__).resolve().parents[2]
+ACTIVE = {"ac": "s", "re": "n", "ag": "r"}     # the letter among the ingredients that helps against each concern
+TinyModel = Callable[..., Path]
+
+
+def product_rows(count: int, split: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    random = np.random.default_rng(len(split))
+    products, labels = [], []
+    for number in range(count):
+        own = {name for name in ACTIVE if random.random() < 0.4}
+        letters = [*(ACTIVE[name] for name in sorted(own)), *random.choice(list("abcdefg"), 3)]
+        random.shuffle(letters)
+        name = f"{split}{number:03d}"
+        products.append({"product_id": name, "row_id": number, "title": "gel", "ingredients": ", ".join(letters),
+                         "category": "skin", "group_id": number, "split": split})
+        labels += [{"product_id": name, "concern": concern, "label": int(concern in own), "rules": [],
+                    "conflict": False, "held_out": False, "split": split} for concern in ACTIVE]
+    labels[0]["label"] = None
+    labels[4]["held_out"] = True
+    return products, labels
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("labels")
+    made = [product_rows(count, split) for split, count in (("train", 120), ("valid", 40), ("test", 20))]
+    with stage(root, "concern_labels", "f") as staging:
+        files = [staging.write_table(name, pa.Table.from_pylist([row for one in made for row in one[part]], schema))
+                 for part, (name, schema) in enumerate((("products.parquet", CONCERN_PRODUCT),
+                                                        ("labels.parquet", CONCERN_LABEL)))]
+        staging.commit(files, config=Config(), facts={"concerns": {name: {"query": name} for name in ACTIVE}})
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(tiny_text_model: TinyModel) -> Path:
+    return tiny_text_model()
+
+
+def settings_of(labels: Path, model: Path, output: Path, **changes: Any) -> FinetuneBtBertConfig:
+    return FinetuneBtBertConfig.model_validate({
+        "labels": str(labels), "output": str(output), "model": str(model), "dtype": "float32", "device": "cpu",
+        "max_tokens": 48, "max_steps": 12, "epochs": 9, "evaluate_every": 4, "checkpoint_every": 3,
+        "sampler": {"batch_size": 16}, "optim": {"learning_rate": 2e-3, "betas": [0.9, 0.95]}, **changes})
+
+
+def curve(artifact: Artifact) -> list[dict[str, float]]:
+    """Steps and evaluations without what depends on the clock."""
+    return [{name: value for name, value in line.items() if name not in ("seconds", "cpu_seconds")}
+            for line in read_curve(artifact.file("metrics.jsonl"))]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(labels: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return finetune_bt_bert(settings_of(labels, model, tmp_path_factory.mktemp("whole") / "model"))
+
+
+def test_the_artefact_holds_a_model_that_scores(uninterrupted: Artifact) -> None:
+    facts = uninterrupted.manifest.facts
+    assert (facts["steps"], facts["mode"], facts["products"]) == (12, "presoftmax", {"train": 120, "valid": 40})
+    assert facts["pairs"] == 3 * 120 - 1        # all but the pair that only withheld rules labelled
+    folder = uninterrupted.path / "bt_bert"
+    card = read_card(folder)
+    assert card.names() == sorted(ACTIVE)
+    assert set(card.calibration.thresholds) == set(ACTIVE)
+    assert "120 products, 359 examples, 12 steps of 16" in (folder / "README.md").read_text()
+    found = BtBertScorer(BtBertConfig(model=str(uninterrupted.path.parents[1]))).score(["a, s", None], ["gel", "gel"])
+    assert found.shape == (2, 3)
+    assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("mode", ["presoftmax", "logodds", "affine16", "explicit"])
+def test_every_mode_learns(labels: Path, model: Path, tmp_path: Path, mode: str) -> None:
+    settings = settings_of(labels, model, tmp_path / "model", mode=mode, max_steps=300, epochs=99, evaluate_every=100,
+                           checkpoint_every=500)
+    facts = finetune_here(settings).manifest.facts
+    assert facts["best_value"] > max(0.75, facts["base_value"] + 0.1)
+
+
+def test_the_first_loss_is_that_of_the_prior(labels: Path, model: Path, tmp_path: Path) -> None:
+    """Before it learns, an explicit model says the prior of each concern, whose loss is its entropy."""
+    settings = settings_of(labels, model, tmp_path / "model", mode="explicit", max_steps=1,
+                           sampler={"batch_size": 120})
+    first = next(line["loss"] for line in curve(finetune_here(settings)) if "loss" in line)
+    artifact = open_artifact(labels, "concern_labels")
+    train = read_pairs(artifact, "train", concerns_of(artifact, None), 1.0)
+    share = train.positive_share().astype(np.float64)
+    entropy = -(share * np.log(share) + (1 - share) * np.log(1 - share))
+    assert first == pytest.approx(float((entropy * train.weights.sum(axis=0)).sum()) / train.weights.size, rel=1e-4)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(labels: Path, model: Path, tmp_path: Path, uninterrupted: Artifact
+                                                ) -> None:
+    settings = settings_of(labels, model, tmp_path / "model")
+    script = ("import sys; from recsys_ray.training.bt_bert_run import finetune_here; "
+              "from recsys_ray.training.bt_bert import FinetuneBtBertConfig; "
+              "finetune_here(FinetuneBtBertConfig.model_validate_json(sys.argv[1]))")
+    killed = subprocess.run([sys.executable, "-c", script, settings.model_dump_json()], cwd=REPO, timeout=240,
+                            env={**os.environ, "RECSYS_CRASH_AT": "step_7"}, capture_output=True, text=True)
+    assert killed.returncode != 0, killed.stderr[-2000:]
+    assert curve(finetune_here(settings)) == curve(uninterrupted)
+
+
+def test_unlabelled_pairs_count_as_much_as_asked(labels: Path) -> None:
+    artifact = open_artifact(labels, "concern_labels")
+    concerns = concerns_of(artifact, ("ac", "re"))
+    for weight in (1.0, 0.25, 0.0):
+        train = read_pairs(artifact, "train", concerns, weight)
+        assert train.weights[0].tolist() == [weight, 1.0]       # the first product's first label is null
+        assert train.weights[1].tolist() == [1.0, 0.0]          # and one of the second is held out
+    with pytest.raises(ConfigError, match="no labels of dandruff; it has ac, ag, re"):
+        concerns_of(artifact, ("dandruff",))
+
+
+def test_a_concern_without_a_positive_is_refused(labels: Path, model: Path, tmp_path: Path) -> None:
+    artifact = open_artifact(labels, "concern_labels")
+    products, rows = artifact.table("products.parquet"), artifact.table("labels.parquet").to_pylist()
+    with stage(tmp_path / "none", "concern_labels", "f") as staging:
+        none = [{**row, "label": 0 if row["concern"] == "ag" else row["label"]} for row in rows]
+        files = [staging.write_table("products.parquet", products),
+                 staging.write_table("labels.parquet", pa.Table.from_pylist(none, CONCERN_LABEL))]
+        staging.commit(files, config=Config(), facts=artifact.manifest.facts)
+    with pytest.raises(ConfigError, match="no training product is labelled positive for ag"):
+        finetune_here(settings_of(tmp_path / "none", model, tmp_path / "model"))
+
+
+def pairs_of(targets: list[list[float]], weights: list[list[float]]) -> ConcernPairs:
+    names = [str(number) for number in range(len(targets))]
+    return ConcernPairs(names, [*names], names, np.array(targets, np.float32), np.array(weights, np.float32))
+
+
+def test_weights_balance_the_classes_and_keep_their_sum() -> None:
+    pairs = pairs_of([[1, 0], [0, 0], [0, 1], [0, 1]], [[1, 1], [1, 1], [1, 1], [1, 0]])
+    found = class_weights(pairs)
+    for column in range(2):
+        positive = pairs.targets[:, column] > 0
+        assert found[positive, column].sum() == pytest.approx(found[~positive, column].sum())
+    assert found.sum() == pytest.approx(pairs.weights.sum())
+
+
+def test_replay_keeps_a_share_of_the_known_concerns_pairs() -> None:
+    pairs = pairs_of([[1, 0]] * 40, [[1, 1]] * 40)
+    for share in (0.0, 0.25, 1.0):
+        assert replayed(pairs, [True, False], share, 7).weights.sum(axis=0).tolist() == [40 * share, 40]
+    assert len(units_of(replayed(pairs, [True, False], 0.25, 7).weights, explicit=False)) == 50
+
+
+def test_a_new_concern_is_learned_by_a_model_that_knows_others(labels: Path, model: Path, tmp_path: Path) -> None:
+    old = finetune_here(settings_of(labels, model, tmp_path / "old", concerns=("ac", "re"), max_steps=100, epochs=90))
+    both = finetune_here(settings_of(labels, tmp_path / "old", tmp_path / "both", max_steps=40, replay=0.5))
+    assert old.manifest.facts["pairs"] == 239
+    assert both.manifest.facts["pairs"] < 359 - 100
+    assert read_card(both.path / "bt_bert").names() == ["ac", "ag", "re"]
+    kept = curve(both)[0]       # before the first step: what it knew, and a guess at what it did not
+    assert kept["ap_ac"] == pytest.approx(max(line["ap_ac"] for line in curve(old) if "ap_ac" in line), abs=0.15)
+
+
+def test_calibration_finds_a_known_temperature_and_the_best_threshold() -> None:
+    random = np.random.default_rng(0)
+    truth = random.normal(size=(4000, 1)) * 2
+    targets = (random.random((4000, 1)) < 1 / (1 + np.exp(-truth))).astype(np.float32)
+    found = calibrate(["a"], 3 * truth, targets, np.ones_like(targets))
+    assert found.temperature == pytest.approx(3, rel=0.1)
+    # said yes to the best one: precision 1, recall 1/2, F1 2/3; to three: 2/3, 1, 4/5; to all four: 1/2, 1, 2/3
+    assert best_threshold(np.array([0.9, 0.7, 0.5, 0.1]), np.array([1, 0, 1, 0])) == pytest.approx(0.3)
+    few = calibrate(["a"], truth[:6], np.array([[1, 0, 0, 0, 0, 0]], np.float32).T, np.ones((6, 1), np.float32))
+    assert few.thresholds == {}
+
+
+def test_average_precision_is_left_out_where_there_is_none() -> None:
+    found = average_precisions(np.array([[0.9, 1], [0.1, 1], [0.5, 1]]), np.array([[1, 0], [0, 0], [1, 0]]),
+                               np.ones((3, 2), np.float32))
+    assert found[0] == 1.0
+    assert np.isnan(found[1])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_two_workers_end_with_the_loss_curve_of_one(labels: Path, model: Path, tmp_path: Path, local_ray: object,
+                                                    uninterrupted: Artifact) -> None:
+    shared = finetune_bt_bert(settings_of(labels, model, tmp_path / "model", workers={"count": 2, "cpus": 0.5}))
+    ours, theirs = curve(shared), curve(uninterrupted)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "macro_ap"):
+            assert mine.get(name) == pytest.approx(other.get(name), rel=2e-3)
