@@ -70,7 +70,7 @@ class BtBertScorer:
         self.device = torch.device(device_of(running))
         self.dtype = dtype_of(running, self.device.type)
         self._budget = config.token_budget or (GPU_TOKEN_BUDGET if self.device.type == "cuda" else CPU_TOKEN_BUDGET)
-        self._tokenizer = BtBertTokenizer(layout, self.card.style, self.card.max_tokens, config.max_chars)
+        self.tokenizer = BtBertTokenizer(layout, self.card.style, self.card.max_tokens, config.max_chars)
         self._head = {name: one.to(self.device) for name, one in load_file(root / HEAD).items()}
         weights, body = read_body(layout)
         self._heads = int(body["num_attention_heads"])
@@ -93,11 +93,11 @@ class BtBertScorer:
                concerns: Sequence[Concern] | None = None) -> Floats:
         """Logits of N products against C concerns, float32 (N, C), before calibration."""
         asked = self.card.concerns if concerns is None else tuple(concerns)
-        products = self._tokenizer.products(ingredients, titles)
+        products = self.tokenizer.products(ingredients, titles)
         if self.card.mode == "explicit":
-            return self._explicit([self._tokenizer.pair(None, one).ids for one in products], asked)
-        queries = [self._tokenizer.query(one.query) for one in asked]
-        ids = [self._tokenizer.pair(query, one).ids for one in products for query in queries]
+            return self._explicit([self.tokenizer.pair(None, one).ids for one in products], asked)
+        queries = [self.tokenizer.query(one.query) for one in asked]
+        ids = [self.tokenizer.pair(query, one).ids for one in products for query in queries]
         return self._run(ids).reshape(len(products), len(asked))
 
     def _explicit(self, ids: list[Tokens], asked: Sequence[Concern]) -> Floats:
