@@ -1,0 +1,249 @@
+"""Any table of products -> the probability of each concern for each product, on every node of a Ray cluster.
+
+The table is divided into pieces of its files. Ray Data hands pieces to a pool of actors, each of which loads the
+model once and writes the probabilities of a piece as one file that appears whole or not at all; a rerun skips the
+pieces that are there. A row that cannot be read goes to quarantine with its reason; one without ingredients is
+scored by its title and says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import ray
+from pydantic import Field
+
+from recsys_ray import runtime
+from recsys_ray.artifacts import (
+    CURRENT,
+    Artifact,
+    FileEntry,
+    Staging,
+    check_file,
+    find_artifact,
+    open_artifact,
+    stage,
+    sweep_staging,
+    write_table,
+    write_text,
+)
+from recsys_ray.config import Config, fingerprint
+from recsys_ray.data.sources.blocks import Piece, Recipe, pieces_of, read_piece
+from recsys_ray.data.sources.config import TableSource
+from recsys_ray.data.sources.plan import file_states, recipes
+from recsys_ray.models.bt_bert import KIND as MODEL_KIND
+from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer, bt_bert_identity
+from recsys_ray.models.sentence_layout import find_model
+from recsys_ray.runtime import RayConfig
+from recsys_ray.schema import QUARANTINE
+
+log = logging.getLogger(__name__)
+
+KIND = "concern_scores"
+STAGE_VERSION = 1       # raise it when the same inputs would give other probabilities
+ACTOR_CPUS = 0.9        # below 1, so that a pool as large as the machine leaves room for other tasks
+ACTOR_RESTARTS = 3      # a row that kills its process must end the run one day
+PIECE_BYTES = 4 << 20   # of a file that one actor scores at a time: some thousands of products
+CSV = "bt_bert_outputs.csv"
+NO_INGREDIENTS, NOTHING = "no ingredients", "neither ingredients nor a title"
+
+
+class ScoredTable(Config):
+    """CSV, TSV, JSONL or Parquet files of products, or the root of a `prepared` artefact."""
+
+    path: str
+    columns: dict[str, str] = Field(default_factory=dict)   # our name (product_id, title, ingredients) -> theirs
+
+    def source(self) -> TableSource:
+        """The files to read: of an artefact those of its current version."""
+        root = Path(self.path)
+        if not (root / CURRENT).is_file():
+            return TableSource(products=self.path, product_columns=self.columns)
+        return TableSource(products=f"{open_artifact(root.resolve(), 'prepared').path}/products/*.parquet")
+
+
+class ScoreConcernsConfig(Config):
+    """Which products, which model."""
+
+    products: ScoredTable
+    output: Path                                        # artefact root of the scores
+    model: BtBertConfig
+    workers: int | None = Field(default=None, ge=1)     # None: one a GPU, else one a core
+    ray: RayConfig = RayConfig()
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every worker needs to know; pieces are named by their number."""
+
+    work: tuple[tuple[Piece, Recipe], ...]
+    staging: str
+    model: dict[str, Any]
+
+
+def score_concerns(config: ScoreConcernsConfig) -> Artifact:
+    """The `concern_scores` artefact: scores/part-*.parquet, the same rows as bt_bert_outputs.csv, quarantine.parquet.
+
+    Columns: product_id, one float32 probability a concern, `addresses` (the concerns from their thresholds on),
+    `note` (why a probability says little; null for most). Facts: model (identity), concerns, rows, quarantined.
+    """
+    source = config.products.source()
+    identity, output = bt_bert_identity(config.model), config.output.resolve()
+    key = fingerprint({"stage": STAGE_VERSION, "model": identity, "columns": config.products.columns,
+                       "dtype": config.model.dtype, "files": file_states(source, ("products",))})
+    if (done := find_artifact(output, KIND, key)) is not None:
+        log.info("%s is up to date", done.manifest.reference)
+        return done
+    work = tuple((piece, recipe) for recipe in recipes(source, "products") for file in recipe.files
+                 for piece in pieces_of(file, PIECE_BYTES))
+    with stage(output, KIND, key) as staging, runtime.connected(config.ray):
+        sweep_staging(output, key)
+        model = config.model.replace(model=str(find_model(config.model.model, MODEL_KIND)))
+        return _run(config, _Job(work, str(staging.path), model.model_dump(mode="json")), staging, identity)
+
+
+def _run(config: ScoreConcernsConfig, job: _Job, staging: Staging, identity: dict[str, Any]) -> Artifact:
+    todo = [number for number in range(len(job.work)) if _finished(staging.path, number) is None]
+    log.info("%d pieces of %s, %d found finished", len(job.work), config.products.path, len(job.work) - len(todo))
+    if todo:
+        _score(config, job, todo)
+    made = [_described(staging.path, number) for number in range(len(job.work))]
+    quarantine = pa.concat_tables([QUARANTINE.empty_table(), *(
+        pq.read_table(staging.path / _set_aside(number), schema=QUARANTINE) for number in range(len(job.work)))])
+    rows = _write_csv(staging.path, made)
+    if not rows:
+        raise ValueError(f"{config.products.path}: no row could be read; the first reason: "
+                         f"{quarantine['reason'][0].as_py() if quarantine.num_rows else 'the table is empty'}")
+    files = [*made, staging.write_table("quarantine.parquet", quarantine), staging.entry(CSV, rows)]
+    facts = {"model": identity, "concerns": [one["name"] for one in identity["card"]["concerns"]], "rows": rows,
+             "quarantined": quarantine.num_rows}
+    log.info("%d products scored, %d set aside", rows, quarantine.num_rows)
+    return staging.commit(files, config=config, facts=facts)
+
+
+def _score(config: ScoreConcernsConfig, job: _Job, todo: list[int]) -> None:
+    ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = ACTOR_RESTARTS
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = int(config.model.device != "cpu" and resources.get("GPU", 0) >= 1)
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+    cores = int(resources.get("GPU" if gpus else "CPU", 1)) if nodes > 1 or gpus else (os.cpu_count() or 1)
+    finished = ray.data.from_items([{"piece": number} for number in todo], override_num_blocks=len(todo)).map_batches(
+        _PieceScorer, fn_constructor_args=(job,), batch_size=1, batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=min(config.workers or max(1, cores), len(todo))), num_cpus=ACTOR_CPUS,
+        num_gpus=gpus, max_restarts=ACTOR_RESTARTS, max_task_retries=ACTOR_RESTARTS)
+    for done, _ in enumerate(finished.iter_rows(), start=1):
+        log.info("scored %d of %d pieces", done, len(todo))
+
+
+class _PieceScorer:
+    """The actor: a loaded model that turns the number of a piece into a file."""
+
+    def __init__(self, job: _Job) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a worker: workers are the parallelism
+        import torch
+
+        torch.set_num_threads(1)
+        self.job = job
+        self.scorer = BtBertScorer(BtBertConfig.model_validate(job.model))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        for number in batch["piece"]:
+            self._score(int(number))
+        return {"piece": np.asarray(batch["piece"])}
+
+    def _score(self, number: int) -> None:
+        staging = Path(self.job.staging)
+        if _finished(staging, number) is not None:  # finished by an actor that died before it could say so
+            return
+        scored, set_aside = [score_schema(self.scorer).empty_table()], [QUARANTINE.empty_table()]
+        for block in read_piece(*self.job.work[number]):
+            bad = pc.is_valid(block["_error"])
+            set_aside.append(_quarantined(block.filter(bad)))
+            scored.append(score_products(self.scorer, block.filter(pc.invert(bad))))
+        write_table(staging, _set_aside(number), pa.concat_tables(set_aside))
+        entry = write_table(staging, _name(number), pa.concat_tables(scored))
+        write_text((staging / entry.path).with_suffix(".json"), entry.model_dump_json())
+
+
+# --- rows -----------------------------------------------------------------------------------------
+def score_schema(scorer: BtBertScorer) -> pa.Schema:
+    """The columns of the scores of this model."""
+    return pa.schema([pa.field("product_id", pa.string()),
+                      *(pa.field(name, pa.float32()) for name in scorer.card.names()),
+                      pa.field("addresses", pa.list_(pa.string())), pa.field("note", pa.string())])
+
+
+def score_products(scorer: BtBertScorer, products: pa.Table) -> pa.Table:
+    """RAW_PRODUCT rows -> their scores, in their order."""
+    ingredients, titles = products["ingredients"].to_pylist(), products["title"].to_pylist()
+    found_NC = scorer.score(ingredients, titles)
+    names, thresholds = scorer.card.names(), scorer.card.calibration.thresholds
+    said_NC = found_NC >= np.array([thresholds.get(name, 0.5) for name in names], dtype=np.float32)
+    notes = [None if (listed or "").strip() else (NO_INGREDIENTS if (title or "").strip() else NOTHING)
+             for listed, title in zip(ingredients, titles, strict=True)]
+    columns = [products["product_id"], *(pa.array(found_NC[:, place]) for place in range(len(names))),
+               pa.array([[name for name, yes in zip(names, row, strict=True) if yes] for row in said_NC.tolist()],
+                        pa.list_(pa.string())), pa.array(notes, pa.string())]
+    return pa.Table.from_arrays([one.combine_chunks() if isinstance(one, pa.ChunkedArray) else one for one in columns],
+                                schema=score_schema(scorer))
+
+
+def _quarantined(block: pa.Table) -> pa.Table:
+    rows = [{"table": "products", "source": where, "key": None, "reason": reason, "row": None}
+            for where, reason in zip(block["_source"].to_pylist(), block["_error"].to_pylist(), strict=True)]
+    return pa.Table.from_pylist(rows, schema=QUARANTINE)
+
+
+def _write_csv(staging: Path, parts: list[FileEntry]) -> int:
+    """Write the parts as one CSV file, a part at a time; returns its rows."""
+    rows, partial = 0, staging / f".{CSV}.{os.getpid()}.tmp"
+    writer: pa_csv.CSVWriter | None = None
+    for table in _tables(staging, parts):
+        flat = table.set_column(table.column_names.index("addresses"), "addresses",
+                                pc.binary_join(table["addresses"], "|"))
+        writer = writer or pa_csv.CSVWriter(partial, flat.schema)
+        writer.write_table(flat)
+        rows += table.num_rows
+    if writer is not None:
+        writer.close()
+        os.replace(partial, staging / CSV)
+    return rows
+
+
+def _tables(staging: Path, parts: list[FileEntry]) -> Iterator[pa.Table]:
+    for entry in parts:
+        with pq.ParquetFile(staging / entry.path, page_checksum_verification=True) as file:
+            yield file.read()
+
+
+# --- files ----------------------------------------------------------------------------------------
+def _name(number: int) -> str:
+    return f"scores/part-{number:05d}.parquet"
+
+
+def _set_aside(number: int) -> str:
+    return f"set_aside/part-{number:05d}.parquet"
+
+
+def _described(staging: Path, number: int) -> FileEntry:
+    return FileEntry.model_validate_json((staging / _name(number)).with_suffix(".json").read_bytes())
+
+
+def _finished(staging: Path, number: int) -> FileEntry | None:
+    """The entry of a file that is whole and as it was written, else None."""
+    try:
+        entry = _described(staging, number)
+        check_file(staging / entry.path, entry)
+    except (OSError, ValueError):
+        return None
+    return entry

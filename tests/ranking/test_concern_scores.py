@@ -1,0 +1,72 @@
+"""Scoring of any table against concerns: columns, notes, quarantine, resuming, on Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from recsys_ray.models.bt_bert import BtBert, BtBertCard, Calibration, Concern
+from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer
+from recsys_ray.models.trainable_bert import TrainableOptions
+from recsys_ray.ranking.concern_scores import ScoreConcernsConfig, score_concerns, score_products
+from recsys_ray.schema import RAW_PRODUCT, conform
+
+LISTS = ["aqua, zinc", None, "   ", "\u6c34, \u30b0\u30ea\u30bb\u30ea\u30f3", ", ".join(["aqua"] * 3000)]
+TITLES = ["gel", "balm", None, "\u30af\u30ea\u30fc\u30e0", "cream"]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_text_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    card = BtBertCard(max_tokens=48, concerns=(Concern(name="acne", query="ac"), Concern(name="redness", query="re")))
+    model = BtBert.load(str(tiny_text_model()), card, TrainableOptions(), "float32", "cpu")
+    root = tmp_path_factory.mktemp("model")
+    model.save(root, Calibration(thresholds={"acne": 0.0, "redness": 1.0}))
+    return root
+
+
+def test_every_row_gets_finite_numbers_and_a_reason_to_doubt_them(folder: Path) -> None:
+    scorer = BtBertScorer(BtBertConfig(model=str(folder), device="cpu"))
+    names = [f"p{number}" for number in range(len(LISTS))]
+    products = pa.table({"product_id": names, "title": TITLES, "ingredients": LISTS})
+    found = score_products(scorer, conform(products, RAW_PRODUCT, "products"))
+    assert found["product_id"].to_pylist() == names
+    assert all(np.isfinite(found[name].to_numpy()).all() for name in ("acne", "redness"))
+    assert found["addresses"].to_pylist() == [["acne"]] * 5     # thresholds 0 and 1
+    assert found["note"].to_pylist() == [None, "no ingredients", "neither ingredients nor a title", None, None]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(240)
+def test_a_table_is_scored_piece_by_piece_and_resumed(folder: Path, tmp_path: Path, local_ray: object) -> None:
+    for part in range(2):
+        pa_csv.write_csv(pa.table({"sku": [f"p{part}{number}" for number in range(7)], "name": ["gel"] * 7,
+                                   "inci": ["aqua, zinc"] * 7}), tmp_path / f"products-{part}.csv")
+    with (tmp_path / "products-1.csv").open("a") as stream:
+        stream.write("p99,too,many,columns\n")
+    config = ScoreConcernsConfig.model_validate({
+        "products": {"path": str(tmp_path / "products-*.csv"),
+                     "columns": {"product_id": "sku", "title": "name", "ingredients": "inci"}},
+        "output": str(tmp_path / "scores"), "model": {"model": str(folder), "device": "cpu"}, "workers": 2})
+    artifact = score_concerns(config)
+    artifact.verify()
+    rows = pa.concat_tables(artifact.tables("scores/"))
+    assert sorted(rows["product_id"].to_pylist()) == sorted(f"p{part}{number}" for part in range(2)
+                                                            for number in range(7))
+    assert artifact.manifest.facts["concerns"] == ["acne", "redness"]
+    assert artifact.manifest.facts["quarantined"] == 1
+    quarantine = artifact.table("quarantine.parquet").to_pylist()
+    assert "products-1.csv:9" in quarantine[0]["source"]
+    written = pa_csv.read_csv(artifact.file("bt_bert_outputs.csv"))
+    assert written.num_rows == 14
+    np.testing.assert_allclose(written["acne"].to_numpy(), rows["acne"].to_numpy(), rtol=1e-5)
+    assert score_concerns(config).manifest.version == artifact.manifest.version
+    assert pq.read_schema(artifact.file("scores/part-00000.parquet")).names == ["product_id", "acne", "redness",
+                                                                                "addresses", "note"]
