@@ -256,6 +256,13 @@ def test_write_report() -> None:
     assert json.loads((DEMO / "report/report.json").read_text())["tables"]
 
 
+def test_label_concerns() -> None:
+    assert run_job("label_concerns") == 0
+    labels = manifest("concern-labels", "concern_labels")
+    assert labels.parents["prepared"] == manifest("prepared", "prepared").reference
+    assert labels.rows("labels.parquet") == 7 * labels.rows("products.parquet") > 350
+
+
 def test_realism_card() -> None:
     assert run_job("realism_card", "sample=50") == 0
     assert json.loads((DEMO / "realism.json").read_text())

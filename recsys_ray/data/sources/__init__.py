@@ -19,7 +19,7 @@ from recsys_ray.data.sources.config import (
     TableSource,
 )
 from recsys_ray.data.sources.plan import file_states, tables_of
-from recsys_ray.data.sources.tables import load_table
+from recsys_ray.data.sources.tables import load_rows, load_table
 
 if TYPE_CHECKING:
     from recsys_ray.data.sources.readers import (
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AmazonReviewsSource", "ClothingSource", "EsciSource", "GoodbooksSource", "GoodreadsSource", "IcecatSource",
-    "SourceConfig", "SourceError", "TableSource", "file_states", "load_table", "read_events", "read_images",
-    "read_interactions", "read_judgments", "read_products", "read_queries", "read_reviews", "read_tags", "read_texts",
-    "tables_of",
+    "SourceConfig", "SourceError", "TableSource", "file_states", "load_rows", "load_table", "read_events",
+    "read_images", "read_interactions", "read_judgments", "read_products", "read_queries", "read_reviews", "read_tags",
+    "read_texts", "tables_of",
 ]
 
 

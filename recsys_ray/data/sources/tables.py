@@ -24,15 +24,23 @@ def load_table(
     here: its queries and judgments are for evaluation. Errors: `SourceError` for a missing file or
     column, for the first bad row (with its place), and for files of more than 1 GiB in total.
     """
-    files = find_files(path, endpoint_url, allow_truth=True)
+    table = load_rows(path, columns, schema, endpoint_url=endpoint_url)
+    bad = table.filter(table["_error"].is_valid())
+    if bad.num_rows:
+        raise SourceError(f"{bad['_source'][0]}: {bad['_error'][0]} ({bad.num_rows} bad row(s) in {path})")
+    return conform(table, schema, path)
+
+
+def load_rows(
+    path: str, columns: Mapping[str, str], schema: pa.Schema, *, endpoint_url: str | None = None,
+    allow_truth: bool = True,
+) -> pa.Table:
+    """The same table, bad rows too: `_error` says what is wrong with a row (null: nothing), `_source` its place."""
+    files = find_files(path, endpoint_url, allow_truth=allow_truth)
     size = sum(file.size for file in files)
     if size > MAX_TABLE_BYTES:
         raise SourceError(f"{path}: {size} bytes are too many for a table that is held whole; stream it instead")
     required = [field.name for field in schema if not field.nullable]
     recipe = mapped_recipe(files, "table", dict(columns), schema, required, TableSource(products=path))
     blocks = [block for file in files for piece in pieces_of(file) for block in read_piece(piece, recipe)]
-    table = pa.concat_tables(blocks) if blocks else block_schema(schema).empty_table()
-    bad = table.filter(table["_error"].is_valid())
-    if bad.num_rows:
-        raise SourceError(f"{bad['_source'][0]}: {bad['_error'][0]} ({bad.num_rows} bad row(s) in {path})")
-    return conform(table, schema, path)
+    return pa.concat_tables(blocks) if blocks else block_schema(schema).empty_table()
