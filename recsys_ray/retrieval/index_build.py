@@ -76,7 +76,7 @@ from recsys_ray.runtime import RayConfig
 log = logging.getLogger(__name__)
 
 KIND = "index"
-STAGE_VERSION = 2       # raise it when the same inputs would give another index
+STAGE_VERSION = 3       # raise it when the same inputs would give another index
 TASK_CPUS = 0.9
 COMPACT_BUCKETS = 256   # ranges a compacted index is cut by when its segments were cut in different ways
 Ints = npt.NDArray[np.int64]

@@ -46,11 +46,17 @@ Mask = npt.NDArray[np.bool_]
 LEXICON = "lexicon.npz"
 ROWS = pa.schema([
     pa.field("row_id", pa.int64(), nullable=False), pa.field("product_id", pa.string(), nullable=False),
-    pa.field("title", pa.string()), pa.field("brand", pa.string()), pa.field("category", pa.string()),
-    pa.field("price_cents", pa.int64()), pa.field("rating_mean", pa.float32()), pa.field("num_reviews", pa.int64()),
+    pa.field("title", pa.string()), pa.field("brand", pa.string()), pa.field("color", pa.string()),
+    pa.field("category", pa.string()), pa.field("price_cents", pa.int64()),
+    pa.field("num_reviews", pa.int64()), pa.field("rating_mean", pa.float32()), pa.field("rating_std", pa.float32()),
+    pa.field("verified_share", pa.float32()), pa.field("mean_review_chars", pa.float32()),
+    pa.field("last_review_ms", pa.int64()),                 # these six as of the cut of the prepared data
     pa.field("image_url", pa.string()), pa.field("text", pa.string()), pa.field("lexical_text", pa.string()),
     pa.field("row_hash", pa.string(), nullable=False),      # of everything above: decides whether a row is replaced
 ])
+
+
+STATISTICS = ("num_reviews", "rating_mean", "rating_std", "verified_share", "mean_review_chars", "last_review_ms")
 
 
 class IndexMismatch(ValueError):  # noqa: N818 - says what is wrong
@@ -288,11 +294,25 @@ class Index:
 
     def products(self, row_ids: Ints, columns: Sequence[str]) -> list[dict[str, Any]]:
         """The named columns, `row_id` among them, of live products in the order of `row_ids`; else `KeyError`."""
-        found: dict[int, dict[str, Any]] = {}
-        for segment in self.segments:
-            places = segment.places(row_ids)
-            found |= {row["row_id"]: row for row in segment.rows.select(columns).take(pa.array(places)).to_pylist()}
+        found = {row["row_id"]: row for row in self._live_rows(row_ids, columns).to_pylist()}
         return [found[int(one)] for one in row_ids]
+
+    def rows(self, row_ids: Ints, columns: Sequence[str]) -> pa.Table:
+        """The same as a table: the named columns of live products in the order of `row_ids`; else `KeyError`."""
+        found = self._live_rows(row_ids, ["row_id", *(name for name in columns if name != "row_id")])
+        places = pc.index_in(pa.array(row_ids, pa.int64()), value_set=found["row_id"].combine_chunks())
+        if places.null_count:
+            raise KeyError(int(row_ids[places.is_null().to_numpy(zero_copy_only=False)][0]))
+        return found.take(places).select(list(columns))
+
+    def _live_rows(self, row_ids: Ints, columns: Sequence[str]) -> pa.Table:
+        """Those of the products that live here, segment by segment."""
+        if self.segments and (missing := set(columns) - set(self.segments[0].rows.column_names)):
+            raise IndexMismatch(f"{self.artifact.path}: its rows have no {', '.join(sorted(missing))}; "
+                                "build the index again")
+        tables = [segment.rows.select(list(columns)).take(pa.array(segment.places(row_ids)))
+                  for segment in self.segments]
+        return pa.concat_tables([pa.schema([ROWS.field(name) for name in columns]).empty_table(), *tables])
 
     def product(self, key: int | str) -> dict[str, Any] | None:
         """The row of a live product by row id or product id, or None."""
@@ -347,7 +367,7 @@ def row_hashes(rows: pa.Table) -> pa.Array:
 def catalogue_rows(products: pa.Table, texts: pa.Table, stats: pa.Table) -> pa.Table:
     """ROWS sorted by row id, from PRODUCT, PRODUCT_TEXT and PRODUCT_STATS rows of the same products."""
     joined = products.sort_by("row_id")
-    for other, names in ((texts, ("text", "lexical_text")), (stats, ("rating_mean", "num_reviews"))):
+    for other, names in ((texts, ("text", "lexical_text")), (stats, STATISTICS)):
         places = pc.index_in(joined["row_id"], value_set=other["row_id"].combine_chunks())
         for name in names:
             joined = joined.append_column(name, other[name].take(places))

@@ -19,29 +19,44 @@ from fastapi import FastAPI
 from recsys_ray.artifacts import Artifact, stage
 from recsys_ray.config import Config
 from recsys_ray.ids import row_ids
+from recsys_ray.models.cross_encoder import CrossEncoderConfig, cross_encoder_identity
 from recsys_ray.models.token_signals import Encoding
+from recsys_ray.ranking.features import FEATURES, Candidates
+from recsys_ray.ranking.gbdt import MODEL, GbdtConfig, Lists, fit, model_text
+from recsys_ray.ranking.recommenders import EaseConfig, fit_recommender, user_items
+from recsys_ray.ranking.rerank import RerankConfig, Reranker
+from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.fusion import FusionConfig
 from recsys_ray.retrieval.lexical import LexicalConfig, Postings, global_statistics
 from recsys_ray.retrieval.retriever import RetrieverConfig
 from recsys_ray.retrieval.segments import LEXICON, ROWS, Index, open_index, row_hashes, segment_files, write_segment
 from recsys_ray.retrieval.vector_index import VectorIndexConfig
+from recsys_ray.schema import conform
 from recsys_ray.serving.api import Limits
-from recsys_ray.serving.gateway import EncoderCalls, Gateway, ShardCalls
+from recsys_ray.serving.calls import CrossCalls, EncoderCalls, RankerCalls, RecommenderCalls, ShardCalls
+from recsys_ray.serving.cascade import Cascade
+from recsys_ray.serving.event_log import EventLog
+from recsys_ray.serving.first_stage import FirstStage, Suggestion
+from recsys_ray.serving.gateway import Gateway, Recommending
 from recsys_ray.serving.loading import PartStatus
 from recsys_ray.serving.recommender import (
     NoEncoding,
     Query,
     Row,
     ShardAnswer,
+    ask_cards,
+    ask_rows,
     ask_shard,
     encode_each,
     query_encoding,
 )
+from recsys_ray.serving.reranking import CrossScores, Floats, Ints, Ordered, order_with, score_each
 from recsys_ray.serving.routes import create_api
 
 SEGMENTS = ("seg-a", "seg-b", "seg-c")
 RETRIEVER = RetrieverConfig(depth=60, fusion=FusionConfig(window=20))
 LIMITS = Limits(max_k=50, max_window=60)
+DEPTH = 60          # of recommendations and of what is reordered
 NOUNS = ("sofa", "lamp", "chair", "table", "shelf", "mirror")
 COLOURS = ("red", "blue", "green", "oak", "white")
 BRANDS = ("Nord", "Haus", None)
@@ -97,8 +112,7 @@ def build_small_index(root: Path, encoder: WordEncoder | None = None, identity: 
             chosen = products[part::len(SEGMENTS)]
             columns = {column: [row[column] for row in chosen] for column in chosen[0]}
             table = pa.table({"row_id": row_ids([str(row["product_id"]) for row in chosen]), **columns})
-            table = table.sort_by("row_id").select([one for one in ROWS.names if one != "row_hash"])
-            table = table.cast(pa.schema([ROWS.field(one) for one in table.column_names]))
+            table = conform(table.sort_by("row_id"), pa.schema([one for one in ROWS if one.name != "row_hash"]), "rows")
             table = table.append_column("row_hash", row_hashes(table)).cast(ROWS)
             encoding = encoder.encode_all_documents(table["text"].to_pylist())
             entries += write_segment(staging.path, name, table, encoding, vector, lexical)
@@ -110,29 +124,97 @@ def build_small_index(root: Path, encoder: WordEncoder | None = None, identity: 
             "vector": vector.model_dump(mode="json"), "lexical": lexical.model_dump(mode="json")})
 
 
+def publish_small_trees(root: Path, cross: CrossEncoderConfig | None) -> Artifact:
+    """Trees that like what the cross-encoder likes, if there is one, and else what costs little."""
+    rng = np.random.default_rng(3)
+    features = rng.random((600, len(FEATURES))).astype(np.float32) * 10 - 5
+    told = features[:, FEATURES.index("cross_score" if cross is not None else "price_rank")]
+    lists = Lists(features, (told > 2).astype(np.int64), np.full(30, 20))
+    config = GbdtConfig(rounds=8, min_leaf=5)
+    with stage(root, "gbdt", "small") as staging:
+        (staging.path / MODEL).write_text(model_text(fit(lists, lists, config, [0, 1])))
+        return staging.commit([staging.entry(MODEL)], config=config, facts={
+            "features": list(FEATURES), "trained_with": {"depth": DEPTH, "cross_top": 20},
+            "cross_encoder": None if cross is None else cross_encoder_identity(cross)})
+
+
+def small_reranker(root: Path, cross: CrossEncoderConfig | None, **changes: object) -> Reranker:
+    """Trees below `root`, over the cross-encoder."""
+    publish_small_trees(root, cross)
+    return Reranker(RerankConfig(gbdt=root, cross_encoder=cross, depth=DEPTH).replace(**changes))
+
+
+def small_first_stage() -> FirstStage:
+    """EASE over users who each have products of one noun."""
+    rows = [(f"{noun}{user}", f"P{number:03d}") for noun in range(6) for user in range(5)
+            for number in range(noun, 120, 6) if (number // 6 + user) % 3 and number != 7]
+    histories = user_items([user for user, _ in rows], [item for _, item in rows])
+    return FirstStage(fit_recommender(histories, EaseConfig(regularisation=5.0)), "ease")
+
+
 @dataclass
 class Parts:
     """What a local gateway is made of; tests bend single parts."""
 
     indexes: list[Index]
     encoder: WordEncoder
-    delays: dict[int, float]
-    broken: set[int]
+    delays: dict[int | str, float]      # of a shard by its number, or of "cross", "ranker", "recommender"
+    broken: set[int | str]
+    reranker: Reranker | None = None
+    first: FirstStage | None = None
+    events: EventLog | None = None
 
     def gateway(self, deadline_s: float = 2.0) -> Gateway:
         """A gateway over indexes in this process, one shard each."""
+        recommending = None if self.first is None else Recommending(self._recommender(self.first), DEPTH,
+                                                                    self._cascade(deadline_s))
         return Gateway([self._shard(number) for number in range(len(self.indexes))], self._encoder_calls(),
-                       config=RETRIEVER, index_version=self.indexes[0].version, deadline_s=deadline_s)
+                       config=RETRIEVER, index_version=self.indexes[0].version, deadline_s=deadline_s,
+                       cascade=self._cascade(deadline_s), recommending=recommending, events=self.events)
+
+    async def _answers(self, stage: int | str) -> None:
+        await asyncio.sleep(self.delays.get(stage, 0))
+        if stage in self.broken:
+            raise RuntimeError(f"{stage} is broken")
+
+    def _cascade(self, deadline_s: float) -> Cascade | None:
+        if self.reranker is None:
+            return None
+        reranker = self.reranker
+
+        async def score(query: str, texts: list[str]) -> CrossScores:
+            await self._answers("cross")
+            return score_each(reranker.cross_encoder.score, [(query, texts)])[0]
+
+        async def order(query: str, candidates: Candidates, cross: Floats | None, seen: list[str], explain: bool
+                        ) -> Ordered:
+            await self._answers("ranker")
+            return order_with(reranker, query, candidates, cross, seen, explain)
+
+        cross = None if reranker.config.cross_encoder is None else CrossCalls(score, ready)
+        return Cascade(reranker.config, cross, RankerCalls(order, ready), deadline_s)
+
+    def _recommender(self, first: FirstStage) -> RecommenderCalls:
+        async def suggest(history: list[str], count: int) -> Suggestion:
+            await self._answers("recommender")
+            return first.suggest(history, count)
+
+        return RecommenderCalls(suggest, ready)
 
     def _shard(self, number: int) -> ShardCalls:
         async def answers() -> Index:
-            await asyncio.sleep(self.delays.get(number, 0))
-            if number in self.broken:
-                raise RuntimeError("this shard is broken")
+            await self._answers(number)
             return self.indexes[number]
 
         async def search(query: Query, encoding: Encoding | None) -> ShardAnswer:
             return ask_shard(await answers(), query, encoding)
+
+        async def rows(row_ids: Ints) -> pa.Table:
+            await self._answers("rows")
+            return ask_rows(await answers(), row_ids)
+
+        async def cards(row_ids: Ints, filters: Filters) -> list[Row]:
+            return ask_cards(await answers(), row_ids, filters)
 
         async def product(product_id: str) -> Row | None:
             return (await answers()).product(product_id)
@@ -141,16 +223,18 @@ class Parts:
             await answers()
             return PartStatus(True)
 
-        return ShardCalls(search, product, status)
+        return ShardCalls(search, rows, cards, product, status)
 
     def _encoder_calls(self) -> EncoderCalls:
         async def encode(text: str) -> Encoding | NoEncoding:
             return encode_each(partial(query_encoding, self.encoder, RETRIEVER), [text])[0]  # type: ignore[arg-type]
 
-        async def status() -> PartStatus:
-            return PartStatus(True)
+        return EncoderCalls(encode, encode, ready)
 
-        return EncoderCalls(encode, encode, status)
+
+async def ready() -> PartStatus:
+    """The status of a part that has loaded."""
+    return PartStatus(True)
 
 
 def open_parts(root: Path) -> Parts:

@@ -1,0 +1,227 @@
+"""The features of a query's candidates: one float32 table, made by the same function offline and in the service.
+
+Every feature has a name and a family. A value that is not known is NaN, which LightGBM sends its own way at
+every split. Ranks and gaps are among the candidates given, so a model must see as many of them as it was
+trained with. What is read of a product is `FEATURE_COLUMNS` and nothing else: statistics come from reviews
+written before a point in time, never from counts that a crawl found on the product's page later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from recsys_ray.ranking.text_match import QueryWords, Words, named, price_limit, words
+from recsys_ray.retrieval.segments import STATISTICS
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+DAY_MS = 86_400_000
+RRF_CONSTANT = 60
+HEAD = 10               # "among the first": a retriever's ten best
+PRIOR_REVIEWS = 5.0     # weight of the candidates' mean in a smoothed rating
+FEATURE_COLUMNS = ("row_id", "title", "brand", "color", "category", "text", "price_cents", *STATISTICS)
+SCORES = ("dense", "lexical", "sparse", "multi")    # by which a retriever ranks; `fused` is what became of them
+MATCHING = ("lexical", "sparse")                    # of these, 0 says that nothing matched
+
+FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType({
+    "query": ("query_words", "query_rarity", "query_matches"),
+    "lexical": (
+        "lexical_score", "lexical_rank", "lexical_gap", "lexical_share",
+        "title_coverage", "title_rare_coverage", "title_said", "title_order", "title_first", "title_words",
+        "text_coverage", "text_rare_coverage", "text_order", "text_first", "text_words",
+        "brand_coverage", "category_coverage", "any_coverage", "any_rare_coverage"),
+    "dense": ("dense_score", "dense_rank", "dense_gap"),
+    "signals": ("sparse_score", "sparse_rank", "sparse_gap", "multi_score", "multi_rank", "multi_gap"),
+    "fused": ("fused_score", "fused_rank", "fused_gap", "fused_lead"),
+    "agreement": ("best_rank", "worst_rank", "rank_spread", "reciprocal_ranks", "heads"),
+    "cross": ("cross_score", "cross_rank", "cross_gap"),
+    "match": ("brand_named", "brand_conflict", "brand_share", "color_named", "color_conflict", "category_named",
+              "category_conflict", "category_share", "number_coverage", "price_over_limit"),
+    "product": ("num_reviews", "reviews_rank", "verified_share", "rating_mean", "rating_std", "rating_smoothed",
+                "review_age_days", "mean_review_chars", "price", "price_to_median", "price_rank"),
+})
+FEATURES: tuple[str, ...] = tuple(name for family in FAMILIES.values() for name in family)
+
+
+class FeatureError(ValueError):
+    """Candidates that features cannot be made of; the message says what does not fit."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The C candidates of one query: scores and rows aligned, in any order."""
+
+    row_ids: Ints
+    scores: Mapping[str, Floats | None]     # dense, lexical, sparse, multi, fused; (C,) each, NaN or None: not asked
+    rows: pa.Table                          # FEATURE_COLUMNS
+
+    def __post_init__(self) -> None:
+        """Errors: `FeatureError` naming what is missing or of another length."""
+        if self.scores.get("fused") is None:
+            raise FeatureError("candidates need a fused score: what they were retrieved by")
+        lengths = {name: len(one) for name, one in self.scores.items() if one is not None} | {"rows": len(self.rows)}
+        if wrong := [f"{size} {name}" for name, size in lengths.items() if size != len(self)]:
+            raise FeatureError(f"{len(self)} row ids, but {', '.join(wrong)}")
+        if missing := set(FEATURE_COLUMNS) - set(self.rows.column_names):
+            raise FeatureError(f"rows: no column {', '.join(sorted(missing))}; build the index again")
+
+    def __len__(self) -> int:
+        return len(self.row_ids)
+
+    @property
+    def fused(self) -> Floats:
+        """What they were retrieved by, (C,)."""
+        fused = self.scores["fused"]
+        assert fused is not None
+        return fused
+
+    def take(self, places: Ints) -> Candidates:
+        """The candidates at these places, in their order."""
+        return Candidates(self.row_ids[places], {name: None if one is None else one[places]
+                                                 for name, one in self.scores.items()},
+                          self.rows.take(pa.array(places, pa.int64())))
+
+
+def feature_table(query: str, candidates: Candidates, cross: Floats | None = None, as_of_ms: int | None = None
+                  ) -> Floats:
+    """The features of C candidates, float32 (C, F) with a column per name of `FEATURES`.
+
+    `cross` holds cross-encoder scores (C,), NaN where none was made. `as_of_ms` is the query's time, which the
+    statistics in `candidates.rows` must precede; None: the time of the latest review among the candidates.
+    """
+    if not len(candidates):
+        return np.zeros((0, len(FEATURES)), np.float32)
+    columns = {**_text_features(query, candidates), **_score_features(candidates, cross),
+               **_product_features(query, candidates, as_of_ms)}
+    table: Floats = np.stack([np.broadcast_to(np.asarray(columns[name], dtype=np.float32), len(candidates))
+                              for name in FEATURES], axis=1)
+    return table
+
+
+# --- words ----------------------------------------------------------------------------------------
+def _words_of(rows: pa.Table, name: str) -> list[Words]:
+    return [words(one or "") for one in rows[name].to_pylist()]
+
+
+def _text_features(query: str, candidates: Candidates) -> dict[str, Floats]:
+    title, brand, color, category, text = (_words_of(candidates.rows, name)
+                                           for name in ("title", "brand", "color", "category", "text"))
+    every = [title, brand, color, category, text]
+    asked = QueryWords(query, every)
+    anywhere = [Words((), frozenset().union(*(one.known for one in parts))) for parts in zip(*every, strict=True)]
+    found: dict[str, Floats] = {
+        "query_words": np.array([len(asked)], np.float32),
+        "query_rarity": np.array([asked.total_rarity], np.float32),
+        "title_said": asked.said(title), "title_first": asked.first(title), "text_first": asked.first(text),
+        "title_order": asked.order(title), "text_order": asked.order(text),
+        "title_words": _lengths(title), "text_words": _lengths(text),
+        "brand_coverage": asked.coverage(brand), "category_coverage": asked.coverage(category),
+        "number_coverage": asked.numbers(every),
+    }
+    for name, field in (("title", title), ("text", text), ("any", anywhere)):
+        found[f"{name}_coverage"] = asked.coverage(field)
+        found[f"{name}_rare_coverage"] = asked.rare_coverage(field)
+    for name, field in (("brand", brand), ("color", color), ("category", category)):
+        found[f"{name}_named"], found[f"{name}_conflict"] = named(asked.said(field))
+    return found
+
+
+def _lengths(field: list[Words]) -> Floats:
+    return np.array([len(one.listed) for one in field], np.float32)
+
+
+# --- scores ---------------------------------------------------------------------------------------
+def _score_features(candidates: Candidates, cross: Floats | None) -> dict[str, Floats]:
+    unknown = np.full(len(candidates), np.nan, np.float32)
+    scores = {name: unknown if (one := candidates.scores.get(name)) is None else one for name in (*SCORES, "fused")}
+    scores["cross"] = unknown if cross is None else cross
+    ranked = {name: np.where(one > 0, one, np.nan).astype(np.float32) if name in MATCHING else one
+              for name, one in scores.items()}      # without a shared word there is no rank
+    ranks = {name: ranks_of(one) for name, one in ranked.items()}
+    found: dict[str, Floats] = {}
+    for name, one in scores.items():
+        found |= {f"{name}_score": one, f"{name}_rank": ranks[name], f"{name}_gap": _best(one) - one}
+    best = _best(ranked["lexical"])
+    found |= {"lexical_share": scores["lexical"] / best, "fused_lead": _lead(scores["fused"]),
+              "query_matches": np.array([np.isfinite(ranked["lexical"]).mean()], np.float32)}
+    return {**found, **_agreement(np.stack([ranks[name] for name in SCORES]))}
+
+
+def ranks_of(scores: Floats) -> Floats:
+    """1 for the best score; equal scores share the best rank of their group, NaN has none."""
+    known = np.isfinite(scores)
+    order = np.sort(-scores[known])
+    ranks = np.full(len(scores), np.nan, np.float32)
+    ranks[known] = np.searchsorted(order, -scores[known]) + 1
+    return ranks
+
+
+def _best(scores: Floats) -> np.float32:
+    return np.float32(np.nanmax(scores)) if np.isfinite(scores).any() else np.float32(np.nan)
+
+
+def _lead(scores: Floats) -> Floats:
+    """How far each score is above the next lower one; 0 for the last."""
+    order = np.argsort(-scores, kind="stable")
+    lead = np.zeros(len(scores), np.float32)
+    lead[order[:-1]] = scores[order[:-1]] - scores[order[1:]]
+    return lead
+
+
+def _agreement(ranks_SC: npt.NDArray[np.floating[Any]]) -> dict[str, Floats]:
+    """What the retrievers that ranked a candidate say together."""
+    there = np.isfinite(ranks_SC)
+    low = np.where(there, ranks_SC, np.inf).min(axis=0)
+    high = np.where(there, ranks_SC, -np.inf).max(axis=0)
+    any_SC = there.any(axis=0)
+    return {
+        "best_rank": np.where(any_SC, low, np.nan).astype(np.float32),
+        "worst_rank": np.where(any_SC, high, np.nan).astype(np.float32),
+        "rank_spread": np.where(any_SC, high - np.where(any_SC, low, 0), np.nan).astype(np.float32),
+        "reciprocal_ranks": np.where(there, 1 / (RRF_CONSTANT + ranks_SC), 0).sum(axis=0).astype(np.float32),
+        "heads": (there & (ranks_SC <= HEAD)).sum(axis=0).astype(np.float32),
+    }
+
+
+# --- products -------------------------------------------------------------------------------------
+def _product_features(query: str, candidates: Candidates, as_of_ms: int | None) -> dict[str, Floats]:
+    rows = candidates.rows
+    number = {name: _column(rows, name) for name in ("price_cents", *STATISTICS)}
+    price, last = number["price_cents"] / 100, number["last_review_ms"]
+    reviews = np.nan_to_num(number["num_reviews"])
+    rating = number["rating_mean"]
+    mean = np.nanmean(rating) if np.isfinite(rating).any() else np.nan
+    now = float(as_of_ms) if as_of_ms is not None else (np.nanmax(last) if np.isfinite(last).any() else np.nan)
+    median = np.nanmedian(price) if np.isfinite(price).any() else np.nan
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found: dict[str, npt.NDArray[Any]] = {
+            "num_reviews": reviews, "reviews_rank": ranks_of(reviews.astype(np.float32)),
+            "verified_share": number["verified_share"], "rating_mean": rating, "rating_std": number["rating_std"],
+            "rating_smoothed": (np.nan_to_num(rating) * reviews + PRIOR_REVIEWS * mean) / (reviews + PRIOR_REVIEWS),
+            "review_age_days": (now - last) / DAY_MS, "mean_review_chars": number["mean_review_chars"],
+            "price": price, "price_to_median": np.log(price / median),
+            "price_rank": ranks_of(-price.astype(np.float32)),
+            "price_over_limit": np.log(price / price_limit(query)),
+        }
+    finite = {name: np.where(np.isfinite(one), one, np.nan).astype(np.float32) for name, one in found.items()}
+    return {**finite, **{f"{name}_share": _shared(rows, name) for name in ("brand", "category")}}
+
+
+def _column(rows: pa.Table, name: str) -> npt.NDArray[np.float64]:
+    return np.asarray(rows[name].cast(pa.float64()).fill_null(float("nan")).to_numpy(), dtype=np.float64)
+
+
+def _shared(rows: pa.Table, name: str) -> Floats:
+    """Share of the candidates that have the same value; NaN where there is none."""
+    values = rows[name].to_pylist()
+    counts = Counter(values)
+    return np.array([np.nan if not value else counts[value] / len(values) for value in values], np.float32)

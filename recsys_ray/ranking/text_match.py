@@ -1,0 +1,130 @@
+"""How the words of a query meet the words of a field, for all candidates of one query: (C,) arrays.
+
+Words are lower-cased runs of letters and digits, stemmed, without stop words. A share whose denominator is
+empty (a field that is not there, a query of stop words) is NaN: unknown, not bad.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+REMEMBERED_TEXTS = 1 << 16      # products come up again and again
+_WORD = re.compile(r"\w+")
+_LIMIT = re.compile(r"(?:under|below|(?:less|cheaper) than|up to|at most)\s*(?:[$€£]|usd|eur)?\s*(\d{1,6}(?:\.\d\d?)?)",
+                    re.IGNORECASE)
+_local = threading.local()      # a stemmer must not be used by two threads
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of one text in reading order, and which ones there are."""
+
+    listed: tuple[str, ...]
+    known: frozenset[str]
+
+
+@lru_cache(maxsize=REMEMBERED_TEXTS)
+def words(text: str) -> Words:
+    """The words of a text."""
+    from bm25s.stopwords import STOPWORDS_EN
+
+    found = [one for one in _WORD.findall(text.lower()) if one not in STOPWORDS_EN]
+    listed = tuple(_stemmer().stemWords(found))
+    return Words(listed, frozenset(listed))
+
+
+def _stemmer() -> Any:
+    if not hasattr(_local, "stemmer"):
+        import Stemmer
+
+        _local.stemmer = Stemmer.Stemmer("english")
+    return _local.stemmer
+
+
+def price_limit(query: str) -> float:
+    """The most that a query wants to pay ("a lamp under $40" -> 40), NaN when it says nothing of it."""
+    found = _LIMIT.search(query)
+    return float(found[1]) if found else float("nan")
+
+
+class QueryWords:
+    """The different words of a query, in order, and how rare each is among its candidates."""
+
+    def __init__(self, query: str, fields: Sequence[Sequence[Words]]) -> None:
+        """`fields` hold, field by field, the words of each candidate."""
+        self.listed = tuple(dict.fromkeys(words(query).listed))
+        self.known = frozenset(self.listed)
+        count = len(fields[0]) if fields else 0
+        seen: Counter[str] = Counter()
+        for candidate in zip(*fields, strict=True):
+            seen.update(self.known & frozenset().union(*(one.known for one in candidate)))
+        rarity = {word: float(np.log(1 + (count - seen[word] + 0.5) / (seen[word] + 0.5))) for word in self.listed}
+        self.rarity: Mapping[str, float] = rarity
+        self.total_rarity = sum(rarity.values())
+        self.next_word = dict(zip(self.listed, self.listed[1:], strict=False))
+
+    def __len__(self) -> int:
+        return len(self.listed)
+
+    def coverage(self, field: Sequence[Words]) -> Floats:
+        """Share of the query's words that the field has."""
+        return _shares([len(self.known & one.known) for one in field], [len(self)] * len(field))
+
+    def rare_coverage(self, field: Sequence[Words]) -> Floats:
+        """The same, a word weighing what its inverse document frequency among the candidates is."""
+        return _shares([sum(self.rarity[word] for word in self.known & one.known) for one in field],
+                       [self.total_rarity] * len(field))
+
+    def said(self, field: Sequence[Words]) -> Floats:
+        """Share of the field's different words that the query has."""
+        return _shares([len(self.known & one.known) for one in field], [len(one.known) for one in field])
+
+    def order(self, field: Sequence[Words]) -> Floats:
+        """Share of the query's neighbouring words that are neighbours in the field, in the same order."""
+        return _shares([self._pairs(one) for one in field], [len(self) - 1] * len(field))
+
+    def first(self, field: Sequence[Words]) -> Floats:
+        """How far into the field the first of the query's words stands: 0 at its begin, 1 when it has none."""
+        return _shares([next((place for place, word in enumerate(one.listed) if word in self.known), len(one.listed))
+                        if self.known & one.known else len(one.listed) for one in field],
+                       [len(one.listed) for one in field])
+
+    def _pairs(self, one: Words) -> int:
+        if len(self.known & one.known) < 2:
+            return 0
+        following = self.next_word
+        return len({word for word, after in zip(one.listed, one.listed[1:], strict=False)
+                    if following.get(word) == after})
+
+    def numbers(self, fields: Sequence[Sequence[Words]]) -> Floats:
+        """Share of the query's words with a digit (sizes, models) that some field has."""
+        wanted = frozenset(word for word in self.listed if any(letter.isdigit() for letter in word))
+        return _shares([len(wanted & frozenset().union(*(one.known for one in candidate)))
+                        for candidate in zip(*fields, strict=True)], [len(wanted)] * len(fields[0]))
+
+
+def named(said: Floats) -> tuple[Floats, Floats]:
+    """(whether the query says the whole value of a field, whether it says another candidate's and not this one's).
+
+    `said` is `QueryWords.said` of the field. Both are NaN where the field is not there.
+    """
+    whole = said == 1.0
+    conflict = whole.any() & ~whole
+    return (np.where(np.isnan(said), np.nan, whole).astype(np.float32),
+            np.where(np.isnan(said), np.nan, conflict).astype(np.float32))
+
+
+def _shares(parts: Sequence[float], wholes: Sequence[float]) -> Floats:
+    part, whole = np.array(parts, dtype=np.float64), np.array(wholes, dtype=np.float64)
+    found: Floats = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0).astype(np.float32)
+    return found
