@@ -138,6 +138,43 @@ def timeline(months: Mapping[str, Mapping[str, int]], alt: str) -> str:
     return _svg(draw, alt, (5.7, 3.1))
 
 
+def bars(values: Mapping[str, float], label: str, alt: str) -> str:
+    """One bar a name, in the order given."""
+    def draw(axes: Any) -> None:
+        axes.barh(range(len(values)), list(values.values()), color=SERIES[0], linewidth=0, height=0.7)
+        axes.set_yticks(range(len(values)), list(values))
+        axes.tick_params(axis="y", labelcolor=INK, length=0)
+        axes.set_ylim(len(values) - 0.45, -0.55)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(label)
+
+    return _svg(draw, alt, (5.7, 0.8 + 0.22 * len(values)))
+
+
+def swarm(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str, alt: str) -> str:
+    """One line of dots a name: `points[name]` are places on the axis and, from 0 to 1, what colours each dot."""
+    thirds = ((0.0, SERIES[0], "low"), (1 / 3, MUTED, "middle"), (2 / 3, SERIES[3], "high"))
+
+    def draw(axes: Any) -> None:
+        for row, (x, tone) in enumerate(points.values()):
+            place, tones = np.asarray(x, dtype=float), np.asarray(tone, dtype=float)
+            spread = (np.arange(len(place)) * 0.618034 % 1 - 0.5) * 0.62     # even, and the same every time
+            for number, (start, color, name) in enumerate(thirds):
+                end = thirds[number + 1][0] if number + 1 < len(thirds) else np.inf
+                chosen = (tones >= start) & (tones < end)
+                axes.plot(place[chosen], row + spread[chosen], "o", color=color, markersize=2.6, alpha=0.7,
+                          markeredgewidth=0, label=name if row == 0 else None)
+        axes.axvline(0, color=MUTED, linewidth=1)
+        axes.set_yticks(range(len(points)), list(points))
+        axes.tick_params(axis="y", labelcolor=INK, length=0)
+        axes.set_ylim(len(points) - 0.45, -0.55)
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel(label)
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, handletextpad=0.1, title="feature's value")
+
+    return _svg(draw, alt, (5.7, 1.3 + 0.26 * len(points)))
+
+
 def month_of(timestamp_ms: int) -> str:
     """The month of a timestamp in UTC, as `2021-03`."""
     return f"{datetime.fromtimestamp(timestamp_ms / 1000, UTC):%Y-%m}"

@@ -23,6 +23,7 @@ from recsys_ray.evaluation import plots
 from recsys_ray.evaluation.baselines import ORACLE, POPULARITY
 from recsys_ray.evaluation.examples import example_rows
 from recsys_ray.evaluation.lineage import lineage, lineage_svg, lineage_table
+from recsys_ray.evaluation.ranker_figures import explanation_figures
 from recsys_ray.evaluation.retrieval import read_evaluation
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class ReportConfig(Config):
     evaluations: tuple[Path, ...] = ()  # none: a catalogue without judgments
     examples: ExamplesConfig | None = None
     index: Path | None = None
+    ranker: Path | None = None          # trees of train_gbdt: what they read
     benchmarks: Path | None = None      # folder of result files to list
     output: Path
 
@@ -62,12 +64,12 @@ def write_report(config: ReportConfig) -> Path:
     documents = [read_evaluation(artifact) for artifact in evaluations]
     nodes = lineage([prepared.manifest, *(one.manifest for one in evaluations), *_others(config, evaluations)])
     artefacts = lineage_table(nodes)
-    report = {
+    report: dict[str, Any] = {
         "title": config.title,
         "headline": _headline(prepared, documents),
         "tables": {
             "evaluations": documents, "audit": _audit(prepared), "benchmarks": _benchmarks(config.benchmarks),
-            "examples": _examples(config, prepared, evaluations, documents),
+            "examples": _examples(config, prepared, evaluations, documents), "ranker": _ranker(config),
             "artefacts": [{key: value for key, value in row.items() if key not in VOLATILE} for row in artefacts],
         },
         "run": {"created": datetime.now(UTC).isoformat(timespec="seconds"), "git_sha": git_sha(),
@@ -76,6 +78,8 @@ def write_report(config: ReportConfig) -> Path:
     output = config.output.resolve()
     write_text(output / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
     figures = _figures(prepared, evaluations, documents) | {"lineage": lineage_svg(nodes)}
+    if report["tables"]["ranker"] is not None:
+        figures["ranker"] = explanation_figures(report["tables"]["ranker"])
     write_text(output / "index.html", render(report, figures, artefacts, config))
     log.info("report: %s", output / "index.html")
     return output / "index.html"
@@ -86,6 +90,7 @@ def _others(config: ReportConfig, evaluations: list[Artifact]) -> list[Manifest]
     roots = {("candidates", Path(root)) for one in evaluations for root in one.manifest.facts["candidates"].values()}
     roots |= {("candidates", config.examples.candidates)} if config.examples else set()
     roots |= {("index", config.index)} if config.index else set()
+    roots |= {("gbdt", config.ranker)} if config.ranker else set()
     siblings = {("embeddings", config.index.parent / "embeddings")} if config.index else set()
     found = [open_artifact(root, kind).manifest for kind, root in sorted(roots | siblings, key=str)
              if (root / "CURRENT").is_file()]
@@ -114,6 +119,14 @@ def _headline(prepared: Artifact, documents: list[dict[str, Any]]) -> list[dict[
 
 def _audit(prepared: Artifact) -> list[dict[str, Any]]:
     return [row for table in prepared.tables("audit/") for row in table.to_pylist()]
+
+
+def _ranker(config: ReportConfig) -> dict[str, Any] | None:
+    """What the trees read, as `train_gbdt` wrote it."""
+    if config.ranker is None:
+        return None
+    found: dict[str, Any] = json.loads(open_artifact(config.ranker, "gbdt").file("explanation.json").read_bytes())
+    return found
 
 
 def _benchmarks(folder: Path | None) -> list[dict[str, Any]]:
