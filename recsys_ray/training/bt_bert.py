@@ -29,7 +29,7 @@ from recsys_ray.models.text_encoder import TextEncoderConfig, device_of, dtype_o
 from recsys_ray.models.trainable_bert import TrainableOptions
 from recsys_ray.runtime import RayConfig
 from recsys_ray.training.bge import WorkersConfig
-from recsys_ray.training.concern_pairs import ConcernPairs
+from recsys_ray.training.concern_pairs import ConcernPairs, LabelSource
 from recsys_ray.training.distributed import rank, sum_over_workers, world_size
 from recsys_ray.training.loop import LoopConfig, Task
 from recsys_ray.training.optim import OptimConfig
@@ -56,7 +56,7 @@ class ConcernBatches(Config):
 class FinetuneBtBertConfig(LoopConfig):
     """Which model learns which concerns from which labels, and how."""
 
-    labels: Path                            # artefact of label_concerns
+    labels: LabelSource
     output: Path                            # artefact root of the model
     model: str = "minilm"                   # a BERT-family body, or a BT-BERT that is to learn more
     concerns: tuple[str, ...] | None = None     # of the labels'; None: all
@@ -64,7 +64,9 @@ class FinetuneBtBertConfig(LoopConfig):
     mode: Mode = "presoftmax"
     layout: Literal["paper", "seed"] = "paper"
     max_tokens: int = Field(default=512, ge=16)
-    unlabelled_weight: float = Field(default=1.0, ge=0, le=1)   # as negatives; 0: left out
+    # of unlabelled pairs as negatives; 0: left out; None: as the labels' mode says
+    unlabelled_weight: float | None = Field(default=None, ge=0, le=1)
+    train_share: float = Field(default=1.0, gt=0, le=1)     # of the training products, drawn by the seed
     class_weights: bool = False             # positives and negatives of a concern count the same in sum
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the products; weights are float32
     device: Literal["auto", "cpu"] = "auto"
@@ -83,8 +85,7 @@ class FinetuneBtBertConfig(LoopConfig):
 
     def resolved(self) -> Self:
         """The same with absolute paths and one version of the model: workers start in other directories."""
-        return self.replace(labels=self.labels.resolve(), output=self.output.resolve(),
-                            model=str(find_model(self.model, KIND)))
+        return self.replace(output=self.output.resolve(), model=str(find_model(self.model, KIND)))
 
     def base_identity(self) -> dict[str, str]:
         """What it starts from."""
@@ -186,6 +187,8 @@ def build_task(config: FinetuneBtBertConfig, concerns: tuple[Concern, ...], trai
 
     Errors: `ConfigError` when a concern has no positive to learn from.
     """
+    if config.train_share < 1:
+        train = train.take(drawn(len(train), max(1, round(config.train_share * len(train))), config.seed))
     if barren := [one.name for one, share in zip(concerns, train.positive_share(), strict=True) if share == 0]:
         raise ConfigError(f"concerns: no training product is labelled positive for {', '.join(barren)}; label some, "
                           "or leave the concern out with `concerns`")

@@ -11,11 +11,11 @@ from typing import Any
 from recsys_ray import runtime
 from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, sweep_staging
 from recsys_ray.config import fingerprint
+from recsys_ray.data.concern_data import KIND as LABELS_KIND
 from recsys_ray.models.bt_bert import KIND, Calibration
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, bt_bert_identity
 from recsys_ray.training.bt_bert import OBJECTIVE, BtBertTask, FinetuneBtBertConfig, build_task
 from recsys_ray.training.calibration import calibrate
-from recsys_ray.training.concern_pairs import KIND as LABELS_KIND
 from recsys_ray.training.concern_pairs import concerns_of, read_pairs
 from recsys_ray.training.distributed import rank
 from recsys_ray.training.encoder_run import RESULT, log_outcome, model_files, parameters_of, use_threads, write_model
@@ -46,8 +46,8 @@ def finetune_here(config: FinetuneBtBertConfig, report: Report | None = None) ->
 
 
 def _finetune(given: FinetuneBtBertConfig, report: Report | None) -> Artifact:
-    config = given.resolved()
-    labels = open_artifact(config.labels, LABELS_KIND)
+    labels = given.labels.artifact(given.output.resolve())
+    config = given.resolved().replace(labels=given.labels.at(labels))
     concerns_of(labels, config.concerns)    # a name that nobody labelled is an error before any worker starts
     key = config.key(fingerprint([labels.manifest.fingerprint, labels.manifest.version]))
     if (done := find_artifact(config.output, KIND, key)) is not None:
@@ -74,7 +74,7 @@ def train_worker(config: FinetuneBtBertConfig, directory: Path, labels_version: 
                  report: Report | None = None) -> None:
     """Train, or go on with a run that was stopped; the first worker writes the model's folder into `directory`."""
     use_threads(config.workers)
-    labels = open_artifact(config.labels, LABELS_KIND, labels_version)
+    labels = open_artifact(config.labels.path, LABELS_KIND, labels_version)
     concerns = concerns_of(labels, config.concerns)
     train, valid = (read_pairs(labels, split, concerns, config.unlabelled_weight) for split in ("train", "valid"))
     task = build_task(config, concerns, train, valid)

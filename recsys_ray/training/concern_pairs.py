@@ -1,21 +1,50 @@
-"""(product, concern) pairs from a `concern_labels` artefact: what is asked, what is right and how much it counts."""
+"""(product, concern) pairs from concern labels: what is asked, what is right and how much it counts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
-from recsys_ray.artifacts import Artifact
-from recsys_ray.config import ConfigError
+from recsys_ray.artifacts import CURRENT, Artifact, open_artifact
+from recsys_ray.config import Config, ConfigError
+from recsys_ray.data.concern_data import KIND, LabelConcernsConfig, OwnLabels, label_concerns
+from recsys_ray.data.concern_products import ConcernProducts
+from recsys_ray.data.concern_splits import ConcernSplitConfig
 from recsys_ray.models.bt_bert import Concern
 
-KIND = "concern_labels"
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+
+
+class LabelSource(Config):
+    """Where labels are: the artefact of `label_concerns`, or a table of one's own (product_id, concern, label)."""
+
+    path: Path
+    products: ConcernProducts | None = None     # whose labels a table holds
+    columns: dict[str, str] = Field(default_factory=dict)   # of a table, ours: theirs
+    split: ConcernSplitConfig = ConcernSplitConfig()        # of a table's products
+
+    def artifact(self, beside: Path) -> Artifact:
+        """The labels as an artefact; of a table it is made, at `beside` with "-labels" behind its name."""
+        if (self.path / CURRENT).is_file():
+            return open_artifact(self.path.resolve(), KIND)
+        if self.products is None:
+            raise ConfigError(f"labels.path: {self.path} is no artefact of label_concerns; if it is a table of labels, "
+                              "say whose they are: labels.products.path=FILE (or labels.products.prepared=DIR)")
+        return label_concerns(LabelConcernsConfig(
+            products=self.products, labels=OwnLabels(path=str(self.path), columns=self.columns), split=self.split,
+            output=beside.with_name(f"{beside.name}-labels")))
+
+    def at(self, artifact: Artifact) -> Self:
+        """The same labels by the absolute path of their artefact."""
+        return type(self)(path=artifact.path.parents[1])
 
 
 @dataclass(frozen=True)
@@ -53,12 +82,15 @@ def concerns_of(labels: Artifact, names: tuple[str, ...] | None) -> tuple[Concer
     return tuple(Concern(name=name, query=known[name]["query"]) for name in names or known)
 
 
-def read_pairs(labels: Artifact, split: str, concerns: tuple[Concern, ...], unlabelled_weight: float) -> ConcernPairs:
+def read_pairs(labels: Artifact, split: str, concerns: tuple[Concern, ...], unlabelled_weight: float | None
+               ) -> ConcernPairs:
     """The products of a split that have ingredients or a title, in the order of their ids.
 
-    Unlabelled pairs are negatives that count `unlabelled_weight`. Pairs that only withheld rules labelled count
-    nothing, whichever split they are in.
+    Unlabelled pairs are negatives that count `unlabelled_weight`; None: 1 where the labels were made in mode `seed`,
+    else 0. Contradictions, and pairs that only withheld rules labelled, count nothing, whichever split they are in.
     """
+    if unlabelled_weight is None:
+        unlabelled_weight = float(labels.manifest.facts["mode"] == "seed")
     products = labels.table("products.parquet")
     products = products.filter(pc.equal(products["split"], split)).sort_by("product_id")
     rows = labels.table("labels.parquet")
@@ -81,5 +113,6 @@ def _column(rows: pa.Table, unlabelled_weight: float) -> tuple[Floats, Floats]:
     known = pc.is_valid(label).to_numpy(zero_copy_only=False)
     target = pc.fill_null(label, 0).to_numpy().astype(np.float32)
     weight = np.where(known, 1.0, unlabelled_weight).astype(np.float32)
-    weight[rows["held_out"].to_numpy(zero_copy_only=False)] = 0.0
+    for left_out in ("held_out", "conflict"):
+        weight[rows[left_out].to_numpy(zero_copy_only=False)] = 0.0
     return target, weight

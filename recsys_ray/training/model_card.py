@@ -169,7 +169,8 @@ def bt_bert_card(config: FinetuneBtBertConfig, values: Mapping[str, Any], curve:
         "logit": config.mode, "input": "ingredients and title" if config.mode == "explicit" else config.layout,
         "learning rate": f"{optim.learning_rate:g}, {optim.schedule}, {optim.warmup:.0%} warm-up",
         "weight decay": optim.weight_decay, "longest input": f"{config.max_tokens} tokens", "seed": config.seed,
-        "unlabelled pairs": f"negatives of weight {config.unlabelled_weight:g}"}
+        "unlabelled pairs": ("as the labels' mode says" if config.unlabelled_weight is None
+                             else f"negatives of weight {config.unlabelled_weight:g}")}
     return BT_BERT_CARD.format(
         base=_base(config.model), concerns=", ".join(values["concerns"]), count=len(values["concerns"]),
         mode=config.mode, products=f"{values['products']['train']:,}", pairs=f"{values['pairs']:,}",

@@ -263,6 +263,25 @@ def test_label_concerns() -> None:
     assert labels.rows("labels.parquet") == 7 * labels.rows("products.parquet") > 350
 
 
+def test_finetune_bt_bert() -> None:
+    assert run_job("label_concerns") == 0
+    assert run_job("finetune_bt_bert", "workers.count=0", "max_steps=2", "max_tokens=24", "evaluate_every=2",
+                   "validation_products=20", "device=cpu") == 0
+    assert len(manifest("bt-bert", "bt_bert").facts["bt_bert"]["card"]["concerns"]) == 7
+
+
+def test_score_concerns() -> None:
+    test_finetune_bt_bert()
+    assert run_job("score_concerns", "workers=1", "model.device=cpu") == 0
+    assert manifest("concern-scores", "concern_scores").facts["rows"] > 400
+
+
+def test_explain_concerns() -> None:
+    test_finetune_bt_bert()
+    assert run_job("explain_concerns", "most_products=3", "model.device=cpu") == 0
+    assert manifest("concern-explanations", "concern_explanations").facts["products"] == 3
+
+
 def test_realism_card() -> None:
     assert run_job("realism_card", "sample=50") == 0
     assert json.loads((DEMO / "realism.json").read_text())

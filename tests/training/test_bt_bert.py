@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pytest
 
 from recsys_ray.artifacts import Artifact, open_artifact, stage
@@ -43,6 +44,7 @@ def product_rows(count: int, split: str) -> tuple[list[dict[str, Any]], list[dic
                     "conflict": False, "held_out": False, "split": split} for concern in ACTIVE]
     labels[0]["label"] = None
     labels[4]["held_out"] = True
+    labels[7] |= {"conflict": True, "label": None}
     return products, labels
 
 
@@ -54,7 +56,8 @@ def labels(tmp_path_factory: pytest.TempPathFactory) -> Path:
         files = [staging.write_table(name, pa.Table.from_pylist([row for one in made for row in one[part]], schema))
                  for part, (name, schema) in enumerate((("products.parquet", CONCERN_PRODUCT),
                                                         ("labels.parquet", CONCERN_LABEL)))]
-        staging.commit(files, config=Config(), facts={"concerns": {name: {"query": name} for name in ACTIVE}})
+        staging.commit(files, config=Config(), facts={"mode": "seed",
+                                                      "concerns": {name: {"query": name} for name in ACTIVE}})
     return root
 
 
@@ -65,7 +68,8 @@ def model(tiny_text_model: TinyModel) -> Path:
 
 def settings_of(labels: Path, model: Path, output: Path, **changes: Any) -> FinetuneBtBertConfig:
     return FinetuneBtBertConfig.model_validate({
-        "labels": str(labels), "output": str(output), "model": str(model), "dtype": "float32", "device": "cpu",
+        "labels": {"path": str(labels)}, "output": str(output), "model": str(model), "device": "cpu",
+        "dtype": "float32",
         "max_tokens": 48, "max_steps": 12, "epochs": 9, "evaluate_every": 4, "checkpoint_every": 3,
         "sampler": {"batch_size": 16}, "optim": {"learning_rate": 2e-3, "betas": [0.9, 0.95]}, **changes})
 
@@ -84,12 +88,12 @@ def uninterrupted(labels: Path, model: Path, tmp_path_factory: pytest.TempPathFa
 def test_the_artefact_holds_a_model_that_scores(uninterrupted: Artifact) -> None:
     facts = uninterrupted.manifest.facts
     assert (facts["steps"], facts["mode"], facts["products"]) == (12, "presoftmax", {"train": 120, "valid": 40})
-    assert facts["pairs"] == 3 * 120 - 1        # all but the pair that only withheld rules labelled
+    assert facts["pairs"] == 3 * 120 - 2        # all but one that only withheld rules labelled and a contradiction
     folder = uninterrupted.path / "bt_bert"
     card = read_card(folder)
     assert card.names() == sorted(ACTIVE)
     assert set(card.calibration.thresholds) == set(ACTIVE)
-    assert "120 products, 359 examples, 12 steps of 16" in (folder / "README.md").read_text()
+    assert "120 products, 358 examples, 12 steps of 16" in (folder / "README.md").read_text()
     found = BtBertScorer(BtBertConfig(model=str(uninterrupted.path.parents[1]))).score(["a, s", None], ["gel", "gel"])
     assert found.shape == (2, 3)
     assert np.isfinite(found).all()
@@ -97,10 +101,10 @@ def test_the_artefact_holds_a_model_that_scores(uninterrupted: Artifact) -> None
 
 @pytest.mark.parametrize("mode", ["presoftmax", "logodds", "affine16", "explicit"])
 def test_every_mode_learns(labels: Path, model: Path, tmp_path: Path, mode: str) -> None:
-    settings = settings_of(labels, model, tmp_path / "model", mode=mode, max_steps=300, epochs=99, evaluate_every=100,
-                           checkpoint_every=500)
+    settings = settings_of(labels, model, tmp_path / "model", mode=mode, max_steps=400, epochs=99, evaluate_every=100,
+                           checkpoint_every=500, optim={"learning_rate": 4e-3, "betas": [0.9, 0.95]})
     facts = finetune_here(settings).manifest.facts
-    assert facts["best_value"] > max(0.75, facts["base_value"] + 0.1)
+    assert facts["best_value"] > max(0.8, facts["base_value"] + 0.1)
 
 
 def test_the_first_loss_is_that_of_the_prior(labels: Path, model: Path, tmp_path: Path) -> None:
@@ -134,6 +138,8 @@ def test_unlabelled_pairs_count_as_much_as_asked(labels: Path) -> None:
         train = read_pairs(artifact, "train", concerns, weight)
         assert train.weights[0].tolist() == [weight, 1.0]       # the first product's first label is null
         assert train.weights[1].tolist() == [1.0, 0.0]          # and one of the second is held out
+    assert read_pairs(artifact, "train", concerns, None).weights[0].tolist() == [1.0, 1.0]     # as mode seed says
+    assert read_pairs(artifact, "train", concerns, 1.0).weights[2].tolist() == [1.0, 0.0]       # rules contradicted
     with pytest.raises(ConfigError, match="no labels of dandruff; it has ac, ag, re"):
         concerns_of(artifact, ("dandruff",))
 
@@ -148,6 +154,26 @@ def test_a_concern_without_a_positive_is_refused(labels: Path, model: Path, tmp_
         staging.commit(files, config=Config(), facts=artifact.manifest.facts)
     with pytest.raises(ConfigError, match="no training product is labelled positive for ag"):
         finetune_here(settings_of(tmp_path / "none", model, tmp_path / "model"))
+
+
+def test_a_table_of_labels_is_enough(model: Path, tmp_path: Path) -> None:
+    products, labels = product_rows(60, "train")
+    pa_csv.write_csv(pa.table({"sku": [row["product_id"] for row in products], "title": ["gel"] * 60,
+                               "inci": [f"aqua, glycerin, {row['ingredients']}" for row in products]}),
+                     tmp_path / "products.csv")
+    words = {"ac": "acne", "re": "redness", "ag": "age"}
+    known = [row for row in labels if row["label"] is not None]
+    told = pa.table({"product_id": [row["product_id"] for row in known], "label": [row["label"] for row in known],
+                     "concern": [words[row["concern"]] for row in known]})
+    pa_csv.write_csv(told, tmp_path / "labels.csv")
+    own = settings_of(tmp_path / "labels.csv", model, tmp_path / "model", max_steps=2, layout="seed")
+    with pytest.raises(ConfigError, match=r"labels.products.path=FILE"):
+        finetune_here(own)
+    whole = own.replace(labels={"path": tmp_path / "labels.csv", "products": {
+        "path": str(tmp_path / "products.csv"), "columns": {"product_id": "sku", "ingredients": "inci"}}})
+    facts = finetune_here(whole).manifest.facts
+    assert sorted(one["name"] for one in facts["bt_bert"]["card"]["concerns"]) == ["acne", "age", "redness"]
+    assert facts["products"]["train"] > 30
 
 
 def pairs_of(targets: list[list[float]], weights: list[list[float]]) -> ConcernPairs:
@@ -174,11 +200,11 @@ def test_replay_keeps_a_share_of_the_known_concerns_pairs() -> None:
 def test_a_new_concern_is_learned_by_a_model_that_knows_others(labels: Path, model: Path, tmp_path: Path) -> None:
     old = finetune_here(settings_of(labels, model, tmp_path / "old", concerns=("ac", "re"), max_steps=100, epochs=90))
     both = finetune_here(settings_of(labels, tmp_path / "old", tmp_path / "both", max_steps=40, replay=0.5))
-    assert old.manifest.facts["pairs"] == 239
-    assert both.manifest.facts["pairs"] < 359 - 100
+    assert old.manifest.facts["pairs"] == 238
+    assert both.manifest.facts["pairs"] < 358 - 100
     assert read_card(both.path / "bt_bert").names() == ["ac", "ag", "re"]
-    kept = curve(both)[0]       # before the first step: what it knew, and a guess at what it did not
-    assert kept["ap_ac"] == pytest.approx(max(line["ap_ac"] for line in curve(old) if "ap_ac" in line), abs=0.15)
+    best = next(line for line in curve(old) if line["step"] == old.manifest.facts["best_step"] and "ap_ac" in line)
+    assert curve(both)[0]["ap_ac"] == pytest.approx(best["ap_ac"], abs=1e-6)    # before its first step it knows them
 
 
 def test_calibration_finds_a_known_temperature_and_the_best_threshold() -> None:

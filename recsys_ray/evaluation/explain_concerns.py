@@ -1,0 +1,134 @@
+"""A concern model and some products -> which ingredients spoke for each concern: CSV, JSON and a page of highlights."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from recsys_ray.artifacts import Artifact, find_artifact, stage, sweep_staging, write_text
+from recsys_ray.config import Config, fingerprint
+from recsys_ray.data.concern_products import ConcernProducts, read_concern_products
+from recsys_ray.data.concern_rulebook import PACKAGED, load_rules
+from recsys_ray.data.concerns import Labeller
+from recsys_ray.data.ingredients import parse_ingredients
+from recsys_ray.evaluation.explain import AttentionReader, Floats, Listed, occlusion, order_of, ranked_attention
+from recsys_ray.models.bt_bert import KIND as MODEL_KIND
+from recsys_ray.models.bt_bert import Concern
+from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer, bt_bert_identity
+from recsys_ray.models.sentence_layout import find_model
+
+log = logging.getLogger(__name__)
+
+KIND = "concern_explanations"
+STAGE_VERSION = 1       # raise it when the same inputs would give other explanations
+METHODS = {"occlusion": "how much the logit falls without the ingredient",
+           "attention": "what the query's tokens attend to in the layer before the last"}
+COLUMNS = ("product_id", "concern", "probability", "method", "rank", "ingredient", "weight")
+Row = dict[str, Any]
+
+
+class ExplainConcernsConfig(Config):
+    """Which answers of which model are explained."""
+
+    products: ConcernProducts
+    model: BtBertConfig
+    output: Path
+    rules: tuple[str, ...] = (PACKAGED,)            # whose synonyms tell ingredients apart
+    most_products: int = Field(default=100, ge=1)   # drawn of those there are
+    top: int = Field(default=5, ge=1)               # ingredients of each answer
+    shown: int = Field(default=12, ge=0)            # answers on the page
+    seed: int = 7
+
+
+def explain_concerns(config: ExplainConcernsConfig) -> Artifact:
+    """The `concern_explanations` artefact: explanations.csv, explanations.json and index.html, of every answer that
+    is a yes: a probability from the concern's threshold on.
+
+    Facts: products, answers, methods. Errors: `ValueError` when no product has an ingredient list.
+    """
+    book = load_rules(config.rules)
+    key = fingerprint({
+        "stage": STAGE_VERSION, "model": bt_bert_identity(config.model), "rules": book.digest,
+        "options": config.model_dump(mode="json", exclude={"output", "model", "rules"}),
+        "products": config.products.states(),
+        "parents": {name: one.fingerprint for name, one in config.products.parents().items()}})
+    if (done := find_artifact(config.output, KIND, key)) is not None:
+        log.info("%s is up to date", done.manifest.reference)
+        return done
+    products, _ = read_concern_products(config.products, Labeller(book), kinds_only=False)
+    rows = [row for row in products.to_pylist() if row["ingredients"]]
+    if not rows:
+        raise ValueError("no product has an ingredient list, so there is nothing to explain")
+    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(rows))[:config.most_products])
+    listed = {rows[place]["product_id"]: Listed(
+        tuple(one.written for one in parse_ingredients(rows[place]["ingredients"], book.synonyms)),
+        rows[place]["title"]) for place in chosen}
+    answers = list(_answers(config, listed))
+    log.info("%d products, %d answers explained", len(listed), len(answers))
+    with stage(config.output.resolve(), KIND, key) as staging:
+        sweep_staging(config.output.resolve(), key)
+        write_text(staging.path / "explanations.json", json.dumps(answers, ensure_ascii=False, indent=1))
+        write_text(staging.path / "explanations.csv", _csv(answers, config.top))
+        write_text(staging.path / "index.html", _page(answers[:config.shown]))
+        files = [staging.entry(name) for name in ("explanations.json", "explanations.csv", "index.html")]
+        return staging.commit(files, config=config, parents=config.products.parents(), facts={
+            "products": len(listed), "answers": len(answers), "methods": list(METHODS)})
+
+
+def _answers(config: ExplainConcernsConfig, listed: dict[str, Listed]) -> Iterator[Row]:
+    """Every answer that is a yes, the surest first, with the weights of all ingredients by each method."""
+    scorer = BtBertScorer(config.model)
+    reader = AttentionReader(find_model(config.model.model, MODEL_KIND), scorer.tokenizer)
+    found_NC = scorer.score([one.text() for one in listed.values()], [one.title for one in listed.values()])
+    concerns, thresholds = scorer.card.concerns, scorer.card.calibration.thresholds
+    yes = [(float(found_NC[place, column]), name, concern) for place, name in enumerate(listed)
+           for column, concern in enumerate(concerns) if found_NC[place, column] >= thresholds.get(concern.name, 0.5)]
+    for probability, name, concern in sorted(yes, key=lambda one: (-one[0], one[1], one[2].name)):
+        weights = _weights(scorer, reader, concern, listed[name])
+        yield {"product_id": name, "title": listed[name].title, "concern": concern.name,
+               "probability": round(probability, 4), "ingredients": list(listed[name].ingredients),
+               "weights": {method: [round(float(one), 5) for one in found] for method, found in weights.items()}}
+
+
+def _weights(scorer: BtBertScorer, reader: AttentionReader, concern: Concern, listed: Listed) -> dict[str, Floats]:
+    pair, owners = reader.pair(concern, listed)
+    attention = ranked_attention(reader.attention(pair.ids), pair, owners, len(listed.ingredients))
+    return {"occlusion": occlusion(scorer, concern, listed), "attention": attention}
+
+
+def _csv(answers: list[Row], top: int) -> str:
+    """The first `top` ingredients of each answer and method, one a line."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for answer in answers:
+        for method, weights in answer["weights"].items():
+            for rank, place in enumerate(order_of(np.array(weights))[:top].tolist(), start=1):
+                writer.writerow([answer["product_id"], answer["concern"], answer["probability"], method, rank,
+                                 answer["ingredients"][place], weights[place]])
+    return stream.getvalue()
+
+
+def _page(answers: list[Row]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("recsys_ray.evaluation"), autoescape=True, undefined=StrictUndefined,
+                              trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("concern_explanations.html").render(
+        answers=[{**one, "rows": [{"method": method, "cells": _cells(one["ingredients"], np.array(weights))}
+                                  for method, weights in one["weights"].items()]} for one in answers], methods=METHODS)
+
+
+def _cells(ingredients: list[str], weights: Floats) -> list[Row]:
+    """Each ingredient with its weight as a share of the largest, 0 to 1; what speaks against is below 0."""
+    largest = max(float(np.abs(weights).max(initial=0.0)), 1e-9)
+    return [{"ingredient": one, "share": round(float(weight) / largest, 3), "weight": round(float(weight), 3)}
+            for one, weight in zip(ingredients, weights, strict=True)]
