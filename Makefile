@@ -8,7 +8,8 @@ JOB = $(RUN) jobs/$(1).py --config configs/$(1)/$(2).yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve shop report test test-unit test-ray lint types bench-embed bench-index bench-scale bench-train \
-        bench-real bench-finetuned bench-transfer exactness chaos realism results cluster-up cluster-down clean
+        bench-real bench-finetuned bench-gbdt bench-rerank bench-transfer exactness chaos realism results cluster-up \
+        cluster-down clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -66,6 +67,13 @@ bench-real: $(VENV)/.dev  ## ESCI and Icecat, human labels
 bench-finetuned: $(VENV)/.dev  ## does fine-tuning help on ESCI and Icecat? nested cross-validation
 	$(RUN) benchmarks/finetuned_labels.py --config configs/bench_finetuned_labels/esci.yaml
 	$(RUN) benchmarks/finetuned_labels.py --config configs/bench_finetuned_labels/icecat.yaml
+
+bench-gbdt: $(VENV)/.dev  ## what a cross-encoder and LightGBM add to fused retrieval, demo shop and null shop
+	$(RUN) benchmarks/gbdt.py --config configs/bench_gbdt/full.yaml
+
+bench-rerank: $(VENV)/.dev  ## does reranking help on ESCI and Icecat? nested cross-validation
+	$(RUN) benchmarks/rerank_labels.py --config configs/bench_rerank_labels/esci.yaml
+	$(RUN) benchmarks/rerank_labels.py --config configs/bench_rerank_labels/icecat.yaml
 
 bench-transfer: $(VENV)/.dev  ## which levers keep their sign on real data; needs bench-finetuned and the ablation
 	$(RUN) benchmarks/finetuned_labels.py --config configs/bench_finetuned_labels/goodbooks.yaml

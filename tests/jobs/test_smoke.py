@@ -179,6 +179,17 @@ def test_evaluate_ranking() -> None:
     assert set(manifest("ranking", "ranking").facts["systems"]) == {"random", "popularity", "item_knn", "ease"}
 
 
+def test_train_gbdt() -> None:
+    """Trees from the valid split's reviews, measured on the test split's, and shown in the report."""
+    assert run_job("retrieve_candidates", config="demo_valid") == 0
+    assert run_job("train_gbdt", "gbdt.rounds=20", "gbdt.min_leaf=10", "samples=100") == 0
+    trees = manifest("gbdt", "gbdt")
+    assert trees.parents["fit"] == manifest("candidates/hybrid-valid", "candidates").reference
+    assert trees.facts["metrics"]["gbdt, nDCG@5"] > 0
+    assert run_job("write_report", f"ranker={DEMO}/gbdt", f"output={DEMO}/report-ranker") == 0
+    assert "What the trees read" in (DEMO / "report-ranker/index.html").read_text("utf-8")
+
+
 def test_score_pairs() -> None:
     """Three steps make no teacher: the job says so and leaves; told otherwise its scores are learned from."""
     small = ("queries=60", "candidates=10", "workers=1")

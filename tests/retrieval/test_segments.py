@@ -240,3 +240,18 @@ def test_catalogue_rows_align_by_id() -> None:
     changed = catalogue_rows(products, texts, stats.set_column(2, "num_reviews", pa.array([10, 30, 21])))
     pairs = zip(rows["row_hash"].to_pylist(), changed["row_hash"].to_pylist(), strict=True)
     assert sorted(one == other for one, other in pairs) == [False, True, True]
+
+
+def test_rows_come_in_the_order_asked_from_all_segments(tmp_path: Path) -> None:
+    publish(tmp_path, [np.arange(0, COUNT, 2), np.arange(1, COUNT, 2)], dead={0: [3]})
+    index = open_index(tmp_path)
+    table, _ = catalogue()
+    wanted = np.array([9, 4, 11, 0])
+    found = index.rows(table["row_id"].to_numpy()[wanted], ("title", "num_reviews", "row_id"))
+    assert found.column_names == ["title", "num_reviews", "row_id"]
+    assert found["title"].to_pylist() == [table["title"][int(place)].as_py() for place in wanted]
+    assert index.rows(np.zeros(0, np.int64), ("title",)).num_rows == 0
+    with pytest.raises(KeyError):
+        index.rows(np.array([int(table["row_id"][6].as_py())]), ("title",))     # dead
+    with pytest.raises(IndexMismatch, match="no stars"):
+        index.rows(table["row_id"].to_numpy()[wanted], ("stars",))
