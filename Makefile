@@ -79,6 +79,9 @@ bench-transfer: $(VENV)/.dev  ## which levers keep their sign on real data; need
 	$(RUN) benchmarks/finetuned_labels.py --config configs/bench_finetuned_labels/goodbooks.yaml
 	$(RUN) benchmarks/transfer.py --config configs/bench_transfer/full.yaml
 
+bench-concerns: $(VENV)/.dev  ## BT-BERT on planted truth: modes, explicit model, low data, new concerns, explanations, speed
+	$(RUN) benchmarks/bt_bert.py --config configs/bench_bt_bert/full.yaml
+
 exactness: $(VENV)/.dev  ## the training step in every form against one plain full batch
 	$(RUN) benchmarks/exactness.py --config configs/bench_exactness/full.yaml
 
