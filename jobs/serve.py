@@ -6,8 +6,8 @@
 """
 
 from recsys_ray.config import main
-from recsys_ray.serving.app import ServeConfig as JobConfig
 from recsys_ray.serving.app import run
+from recsys_ray.serving.config import ServeConfig as JobConfig
 
 if __name__ == "__main__":
     raise SystemExit(main(JobConfig, run))

@@ -19,7 +19,8 @@ from recsys_ray.evaluation.retrieval import EvaluateConfig, evaluate, read_evalu
 from recsys_ray.evaluation.summary import terminal_summary
 from recsys_ray.flow import FlowConfig, run_flow, stage_clock
 from recsys_ray.runtime import connected
-from recsys_ray.serving.app import ServeConfig, serving, until_stopped
+from recsys_ray.serving.app import serving, until_stopped
+from recsys_ray.serving.config import ServeConfig
 
 log = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ above 1 or not a number is refused rather than repaired.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -20,6 +21,11 @@ from recsys_ray.schema import EVENT, EVENT_KINDS, QUARANTINE, conform
 Mask = npt.NDArray[np.bool_]
 MAX_POSITION = 100_000      # beyond any list that is shown: a unit or column mistaken
 MAX_TIMESTAMP_MS = 4_102_444_800_000    # 2100-01-01: a time in micro- or nanoseconds lies beyond
+
+
+def query_key(query: str) -> str:
+    """The id of a query without one: the same for the same words, in 16 hex digits."""
+    return hashlib.blake2b(query.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def clean_events(raw: pa.Table) -> tuple[pa.Table, pa.Table]:

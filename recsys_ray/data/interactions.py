@@ -224,10 +224,14 @@ def context_text(history: History, chosen: Ints, items: Items, config: ContextCo
     draws = draw_order(history.user_id, [items.product_ids[place] for place in places], seed)
     ratings = np.nan_to_num(history.ratings[chosen], nan=-np.inf)
     order = places[np.lexsort((draws, -history.times[chosen], -ratings))]
-    said = "; ".join(book(items, place) for place in order[:config.titles].tolist())
     counts = Counter(genre for place in sorted(places.tolist()) for genre in items.genres[place])
     favoured = sorted(counts, key=lambda one: (-counts[one], one))[:config.genres]
-    return f"Likes: {said}." + (f" Genres: {', '.join(favoured)}." if favoured else "")
+    return likes_text([book(items, place) for place in order[:config.titles].tolist()], favoured)
+
+
+def likes_text(named: Sequence[str], genres: Sequence[str] = ()) -> str:
+    """The text of a context: items as `book` names them, and genres."""
+    return f"Likes: {'; '.join(named)}." + (f" Genres: {', '.join(genres)}." if genres else "")
 
 
 def book(items: Items, place: int) -> str:

@@ -83,13 +83,20 @@ def table_query_set(config: TableQueries) -> QuerySet:
 
 
 def query_set_of(table: pa.Table, name: str) -> QuerySet:
-    """The query set of a QUERY table; `name` is for the error messages."""
-    asked = table.filter(_has_text(table["query"]))
+    """The query set of a QUERY table, each query once however often it was asked; `name` is for the errors."""
+    asked = _once(table.filter(_has_text(table["query"])))
     if not asked.num_rows:
         raise QuerySetError(f"{name}: holds no query with a text ({table.num_rows} rows read)")
     if (twice := asked.num_rows - len(asked["query_id"].unique())):
         raise QuerySetError(f"{name}: {twice} query ids occur more than once; give each query its own id")
-    return QuerySet(asked.sort_by("query_id"), None, table.num_rows - asked.num_rows)
+    return QuerySet(asked.sort_by("query_id"), None, int(pc.sum(pc.invert(_has_text(table["query"]))).as_py() or 0))
+
+
+def _once(table: pa.Table) -> pa.Table:
+    """The first row of each (query id, query): a service logs what it is asked as often as it is asked."""
+    pairs = pa.table({"query_id": table["query_id"], "query": table["query"], "row": np.arange(table.num_rows)})
+    first = pairs.group_by(["query_id", "query"]).aggregate([("row", "min")])["row_min"]
+    return table.take(first)
 
 
 def review_query_set(buckets: Iterable[pa.Table], config: ReviewQueries, statistics: LexicalStatistics,

@@ -1,21 +1,24 @@
-"""The requests and answers of the HTTP service, and the limits that a request must keep.
+"""The requests of the HTTP service, and the limits that a request must keep.
 
-A request is parsed from its bytes in one strict step (`parse_search`), so that broken JSON, NaN,
+A request is parsed from its bytes in one strict step (`parse`), so that broken JSON, NaN,
 numbers beyond float, lone surrogates, unknown keys and values out of range all end as one
 `ApiError` with the field's name and never reach the search.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from recsys_ray.config import Config
+from recsys_ray.data.events import MAX_TIMESTAMP_MS
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.serving.errors import ApiError, validation_error
 
 Sort = Literal["relevance", "price_asc", "price_desc", "rating"]
+System = Literal["bm25", "retriever", "full"]
+EventKind = Literal["click", "cart", "purchase"]     # impressions are the service's own
 MAX_PRICE = 1e9
 
 
@@ -27,7 +30,10 @@ class Limits(Config):
     max_window: int = Field(default=200, ge=1)          # offset + k; also how many candidates are ranked a query
     max_filter_values: int = Field(default=50, ge=1)
     max_value_chars: int = Field(default=256, ge=1)     # of one filter value or product id
+    max_history: int = Field(default=200, ge=1)         # product ids of a history, and of those not to show
+    max_events: int = Field(default=100, ge=1)          # of one request
     max_body_bytes: int = Field(default=65_536, ge=1024)
+    max_in_flight: int = Field(default=64, ge=1)        # requests that one gateway works on; more are sent away
 
     @model_validator(mode="after")
     def _a_page_fits_the_window(self) -> Self:
@@ -70,7 +76,20 @@ def _filter_values(values: list[str], info: ValidationInfo) -> list[str]:
     return [value_text(value, limits) for value in values]
 
 
+def _id_text(text: str, info: ValidationInfo) -> str:
+    return value_text(text, _limits(info))
+
+
+def _history(ids: list[str], info: ValidationInfo) -> list[str]:
+    limits = _limits(info)
+    if len(ids) > limits.max_history:
+        raise ValueError(f"has {len(ids)} values; at most {limits.max_history} are allowed")
+    return [value_text(one, limits) for one in ids]
+
+
 Values = Annotated[list[str], AfterValidator(_filter_values)]
+Ids = Annotated[list[str], AfterValidator(_history)]
+Id = Annotated[str, AfterValidator(_id_text)]
 Price = Annotated[float, Field(ge=0, le=MAX_PRICE)]
 
 
@@ -106,7 +125,24 @@ def _cents(price: float | None) -> int | None:
     return None if price is None else round(price * 100)
 
 
-class SearchRequest(_Request):
+class RankedRequest(_Request):
+    """What every request for a ranked list may say."""
+
+    k: int = Field(default=10, ge=1, description="answers on the page", json_schema_extra={"maximum": 100})
+    filters: SearchFilters = SearchFilters()
+    user_id: Id | None = Field(default=None, description="whose events this list belongs to; does not change the list")
+    explain: bool = Field(default=False, description="say of each answer why it stands where it does")
+    budget_ms: int | None = Field(default=None, ge=1, le=60_000, description="what the answer may take; a late "
+                                  "cross-encoder is left out, and the answer says so")
+
+    @model_validator(mode="after")
+    def _k_within_limits(self, info: ValidationInfo) -> Self:
+        if self.k > (most := _limits(info).max_k):
+            raise ValueError(f"k is {self.k}; at most {most} are allowed")
+        return self
+
+
+class SearchRequest(RankedRequest):
     """One page of answers to one query."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [
@@ -115,27 +151,64 @@ class SearchRequest(_Request):
 
     query: Annotated[str, AfterValidator(_query_text)] = Field(
         description="the shopper's words", json_schema_extra={"minLength": 1, "maxLength": 1000})
-    k: int = Field(default=10, ge=1, description="answers on the page", json_schema_extra={"maximum": 100})
     offset: int = Field(default=0, ge=0, description="answers to skip; offset + k is limited",
                         json_schema_extra={"maximum": 199})
     sort: Sort = Field(default="relevance", description="order of the most relevant products; a product without a "
                                                         "price or rating comes last")
-    filters: SearchFilters = SearchFilters()
+    system: System = Field(default="full", description="which rankers are asked: words alone, retrieval alone, or all")
 
     @model_validator(mode="after")
     def _page_within_limits(self, info: ValidationInfo) -> Self:
         limits = _limits(info)
-        if self.k > limits.max_k:
-            raise ValueError(f"k is {self.k}; at most {limits.max_k} are allowed")
         if self.offset + self.k > limits.max_window:
             raise ValueError(f"offset + k is {self.offset + self.k}; at most {limits.max_window} are allowed")
         return self
 
 
-def parse_search(body: bytes, limits: Limits) -> SearchRequest:
+class RecommendRequest(RankedRequest):
+    """What a user may like after a history."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [
+        {"history": ["B00CHAIR01", "B00LAMP002"], "k": 10},
+        {"history": [], "k": 5, "filters": {"category": ["home"]}}]})
+
+    history: Ids = Field(description="product ids, the latest last; unknown ones are passed over")
+    seen: Ids = Field(default=[], description="further product ids not to show; those of the history never are")
+
+
+class Event(_Request):
+    """What a shopper did with a product of a list."""
+
+    kind: EventKind
+    product_id: Id
+    list_id: Id | None = Field(default=None, description="of the answer it was shown in")
+    user_id: Id | None = None
+    event_id: Id | None = Field(default=None, description="the same id is kept once; else a new one is made")
+    timestamp_ms: int | None = Field(default=None, ge=0, lt=MAX_TIMESTAMP_MS, description="default: now")
+
+
+class EventsRequest(_Request):
+    """Events, kept for training."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [
+        {"events": [{"kind": "click", "product_id": "B00CHAIR01", "list_id": "0f8c2e6d9a7b4c31"}]}]})
+
+    events: list[Event] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _not_too_many(self, info: ValidationInfo) -> Self:
+        if len(self.events) > (most := _limits(info).max_events):
+            raise ValueError(f"events: {len(self.events)} in one request; at most {most} are allowed")
+        return self
+
+
+AnyRequest = TypeVar("AnyRequest", bound=_Request)
+
+
+def parse(kind: type[AnyRequest], body: bytes, limits: Limits) -> AnyRequest:
     """The request in a JSON body; `ApiError` 422 (400 when it is not JSON at all) names the first bad field."""
     try:
-        return SearchRequest.model_validate_json(body, context={"limits": limits})
+        return kind.model_validate_json(body, context={"limits": limits})
     except ValidationError as error:
         raise validation_error(error.errors(include_url=False, include_input=False)) from None
 
@@ -153,99 +226,3 @@ def check_similar_k(k: int, limits: Limits) -> int:
     if not 1 <= k <= limits.max_k:
         raise ApiError(422, "invalid_request", f"k is out of range; 1 to {limits.max_k} are allowed", "k")
     return k
-
-
-class Product(BaseModel):
-    """A product as it is shown."""
-
-    product_id: str
-    title: str | None
-    brand: str | None
-    category: str | None
-    price: float | None = Field(description="in units of the currency")
-    rating: float | None = Field(description="mean of the reviews before the cut of the index")
-    num_reviews: int | None
-    image_url: str | None
-
-
-class Hit(Product):
-    """A product in an answer."""
-
-    rank: int = Field(description="1 is the first of all pages")
-    score: float = Field(description="relevance; comparable within one answer only")
-
-
-class FacetCount(BaseModel):
-    """How many candidates have this value."""
-
-    value: str
-    count: int
-
-
-class Facets(BaseModel):
-    """Counts over all candidates: the most relevant products that meet the filters, on any page."""
-
-    category: list[FacetCount]
-    brand: list[FacetCount]
-
-
-class Answer(BaseModel):
-    """What every answer says about how it was made."""
-
-    request_id: str
-    index_version: str
-    shards_answered: int = Field(description="less than shards_total: some products could not be looked at in time")
-    shards_total: int
-    took_ms: dict[str, float] = Field(description="milliseconds per stage")
-
-
-class SearchResponse(Answer):
-    """One page of answers."""
-
-    items: list[Hit]
-    candidates: int = Field(description="products that were ranked; pages end here")
-    facets: Facets
-
-
-class SimilarResponse(Answer):
-    """The products nearest to one product."""
-
-    product_id: str
-    items: list[Hit]
-
-
-class ProductResponse(Answer):
-    """One product."""
-
-    product: Product
-
-
-class ReadyResponse(BaseModel):
-    """Whether every part has loaded what it serves."""
-
-    ready: bool
-    index_version: str
-    shards_ready: int
-    shards_total: int
-    encoder_ready: bool
-    problems: list[str]
-
-
-class ErrorDetail(BaseModel):
-    """Why a request was refused."""
-
-    code: str
-    message: str
-    field: str | None
-
-
-class ErrorResponse(BaseModel):
-    """The body of every answer that is not a success."""
-
-    error: ErrorDetail
-    request_id: str
-
-
-def error_documents(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI entries of these error statuses."""
-    return {status: {"model": ErrorResponse} for status in statuses}

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 CODES = {400: "bad_request", 401: "unauthorized", 404: "not_found", 405: "method_not_allowed",
-         413: "body_too_large", 422: "invalid_request", 500: "internal_error", 503: "unavailable"}
+         413: "body_too_large", 422: "invalid_request", 429: "overloaded", 500: "internal_error", 503: "unavailable"}
 
 
 class ApiError(Exception):
@@ -33,7 +33,8 @@ def error_body(error: ApiError, request_id: str) -> bytes:
 
 def error_headers(status: int) -> dict[str, str]:
     """What a refusal with this status tells the client beside its body."""
-    headers = {401: {"www-authenticate": "Bearer"}, 413: {"connection": "close"}, 503: {"retry-after": "1"}}
+    headers = {401: {"www-authenticate": "Bearer"}, 413: {"connection": "close"}, 429: {"retry-after": "1"},
+               503: {"retry-after": "1"}}
     return headers.get(status, {})
 
 

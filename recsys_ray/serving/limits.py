@@ -1,4 +1,4 @@
-"""What stands before the application: request ids, the API key, and bodies that are too large.
+"""What stands before the application: request ids, the API key, bodies that are too large, and too many at once.
 
 Plain ASGI, so that a refused body is never collected: its bytes are counted as they arrive, and a
 declared length is refused before the first of them.
@@ -12,18 +12,22 @@ import ipaddress
 import logging
 import os
 import re
+import time
 import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recsys_ray.config import ConfigError
 from recsys_ray.serving.errors import ApiError, error_body, error_headers
+from recsys_ray.serving.page import PAGE_PATHS
+from recsys_ray.serving.records import Observe, Record
 
 log = logging.getLogger(__name__)
 
 API_KEY = "RECSYS_API_KEY"
 MIN_KEY_CHARS = 16
-OPEN_PATHS = frozenset({"/healthz", "/readyz"})  # probes carry no key, and learn nothing about the catalogue
+PROBES = frozenset({"/healthz", "/readyz"})     # they carry no key, learn nothing about the catalogue, and never wait
+OPEN_PATHS = PROBES | PAGE_PATHS                # nor does the page, which asks for the key it then sends
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -51,40 +55,53 @@ def _is_loopback(host: str) -> bool:
 
 
 class Gate:
-    """ASGI middleware: names the request, checks the key, bounds the body, and hides unforeseen errors."""
+    """ASGI middleware: names the request, checks the key, bounds bodies and requests at a time, and keeps a record.
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, key_sha256: str | None) -> None:
-        self.app, self.max_body_bytes, self.key_sha256 = app, max_body_bytes, key_sha256
+    It also hides unforeseen errors. Every request but a probe ends in one call of `observe`.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_in_flight: int, key_sha256: str | None,
+                 observe: Observe) -> None:
+        self.app, self.max_body_bytes, self.key_sha256, self.observe = app, max_body_bytes, key_sha256, observe
+        self.max_in_flight, self.in_flight = max_in_flight, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer it with 401, 413 or 500."""
+        """Pass the request on, or answer it with 401, 413, 429 or 500."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        request_id = _request_id(headers.get(b"x-request-id"))
-        scope.setdefault("state", {})["request_id"] = request_id
-        started = False
+        begun, headers = time.perf_counter(), dict(scope["headers"])
+        record = Record(_request_id(headers.get(b"x-request-id")))
+        scope.setdefault("state", {}).update(request_id=record.request_id, record=record)
+        probe = scope["path"] in PROBES
+        self.in_flight += not probe
+        try:
+            await self._answer(scope, headers, receive, _named(send, record))
+        finally:
+            self.in_flight -= not probe
+            record.path = getattr(scope.get("route"), "path", "other")
+            record.total_ms = (time.perf_counter() - begun) * 1000
+            if not probe:
+                self.observe(record)
 
-        async def send_named(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                kept = [pair for pair in message.get("headers", []) if pair[0] != b"x-request-id"]
-                message = {**message, "headers": [*kept, (b"x-request-id", request_id.encode())]}
-            await send(message)
-
+    async def _answer(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        record: Record = scope["state"]["record"]
         try:
             self._check_key(scope["path"], headers)
+            self._check_room()
             self._check_declared_length(headers.get(b"content-length"))
-            await self.app(scope, self._counted(receive), send_named)
+            await self.app(scope, self._counted(receive), send)
         except ApiError as error:
-            if not started:
-                await _refuse(error, request_id, send_named)
+            if not record.status:
+                await _refuse(error, record.request_id, send)
         except Exception:
-            log.exception("request %s failed", request_id)
-            if not started:
-                await _refuse(ApiError(500, "internal_error", "something went wrong"), request_id, send_named)
+            log.exception("request %s failed", record.request_id)
+            if not record.status:
+                await _refuse(ApiError(500, "internal_error", "something went wrong"), record.request_id, send)
+
+    def _check_room(self) -> None:
+        if self.in_flight > self.max_in_flight:
+            raise ApiError(429, "overloaded", f"{self.max_in_flight} requests are being worked on; come back later")
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self.key_sha256 is None or path in OPEN_PATHS:
@@ -123,6 +140,18 @@ class Gate:
 def _request_id(sent: bytes | None) -> str:
     """The client's request id when it is harmless, else a new one."""
     return sent.decode() if sent is not None and REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+
+
+def _named(send: Send, record: Record) -> Send:
+    """`send` that puts the request's id on the answer, and the answer's status into the record."""
+    async def send_named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            record.status = message["status"]
+            kept = [pair for pair in message.get("headers", []) if pair[0] != b"x-request-id"]
+            message = {**message, "headers": [*kept, (b"x-request-id", record.request_id.encode())]}
+        await send(message)
+
+    return send_named
 
 
 async def _refuse(error: ApiError, request_id: str, send: Send) -> None:

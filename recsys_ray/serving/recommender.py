@@ -2,7 +2,8 @@
 `Recommender`, which does both in one process.
 
 The service and the offline evaluation share every step: shards search with `Index.search`, their
-hits are merged with `merge_hits` and scored with `score_hits`, whether they lie in one process or many.
+hits are merged with `merge_hits` and scored with `score_hits`, whether they lie in one process or many,
+and the order of both is `Reranker.order`.
 """
 
 from __future__ import annotations
@@ -14,20 +15,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
+from recsys_ray.data.interactions import ContextConfig, likes_text
 from recsys_ray.data.preprocess import clean_query
+from recsys_ray.ids import row_ids
 from recsys_ray.models.text_encoder import TextEncoder
 from recsys_ray.models.token_signals import Encoding
+from recsys_ray.ranking.features import FEATURE_COLUMNS
+from recsys_ray.ranking.rerank import Reranker
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.fusion import ranking
 from recsys_ray.retrieval.retriever import RetrieverConfig, asked_signals, score_hits
 from recsys_ray.retrieval.segments import Index, SegmentHits, merge_hits
-from recsys_ray.serving.api import Hit, Product, SearchRequest, Sort
+from recsys_ray.serving.answers import Hit, Product
+from recsys_ray.serving.api import RecommendRequest, SearchRequest, Sort, System
 from recsys_ray.serving.errors import ApiError
+from recsys_ray.serving.first_stage import FirstStage, Suggestion
+from recsys_ray.serving.reranking import (
+    Ints,
+    Ordered,
+    Ranked,
+    Row,
+    Shortlist,
+    as_found,
+    explanation,
+    order_with,
+    reordered,
+)
 
 log = logging.getLogger(__name__)
 
-Row = dict[str, Any]            # one product with the columns of the index's rows
 CARD = ("row_id", "product_id", "title", "brand", "category", "price_cents", "rating_mean", "num_reviews", "image_url")
 
 
@@ -56,23 +74,22 @@ class NoEncoding:
     bad_text: bool      # else it is the encoder's failure, and the same text may succeed later
 
 
-@dataclass(frozen=True)
-class Ranked:
-    """A candidate in its place."""
-
-    score: float
-    card: Row
-
-
 def search_query(request: SearchRequest, config: RetrieverConfig) -> Query:
     """The shards' question for a search request: always the full depth, so that all pages fit together.
+
+    `config` is that of the service, asked by words alone where the request says so.
 
     Errors: `ApiError` 422 when nothing of the query is left after cleaning, e.g. of an empty HTML tag.
     """
     text = clean_query(request.query)
     if not text:
         raise ApiError(422, "invalid_request", "query holds no words", "query")
-    return Query(text, config, request.filters.to_filters())
+    return Query(text, retriever_of(request.system, config), request.filters.to_filters())
+
+
+def retriever_of(system: System, config: RetrieverConfig) -> RetrieverConfig:
+    """What the first stage of a system asks."""
+    return config.replace(mode="bm25") if system == "bm25" else config
 
 
 def similar_query(row: Row, k: int, config: RetrieverConfig, *, dense: bool) -> Query:
@@ -95,23 +112,75 @@ def ask_shard(index: Index, query: Query, encoding: Encoding | None) -> ShardAns
     return ShardAnswer(hits, index.products(hits.row_ids, CARD))
 
 
-def rank(answers: Sequence[ShardAnswer], query: Query) -> list[Ranked]:
+def ask_rows(index: Index, row_ids: Ints) -> pa.Table:
+    """What rankers read of these products."""
+    return index.rows(row_ids, FEATURE_COLUMNS)
+
+
+def ask_cards(index: Index, row_ids: Ints, filters: Filters) -> list[Row]:
+    """The cards of those of the products that live in the index's segments and meet the filters, in any order."""
+    found: list[Row] = []
+    for segment in index.segments:
+        places = segment.places(row_ids)
+        places = places[segment.allowed(filters)[places]]
+        found += segment.rows.select(CARD).take(pa.array(places)).to_pylist()
+    return found
+
+
+def shortlist(answers: Sequence[ShardAnswer], query: Query) -> Shortlist:
     """The candidates of all shards, best first: merged and scored as offline."""
     merged = merge_hits([answer.hits for answer in answers], query.config.depth)
     scores = score_hits(merged, query.config)
     cards = {card["row_id"]: card for answer in answers for card in answer.cards}
     order = ranking(scores, merged.row_ids, query.config.depth)
-    return [Ranked(float(scores[i]), cards[int(merged.row_ids[i])]) for i in order]
+    asked = {"dense": merged.dense_scores if query.config.mode != "bm25" else None,
+             "lexical": merged.lexical_scores if query.config.mode != "dense" else None,
+             "sparse": merged.sparse_scores, "multi": merged.multi_scores, "fused": scores}
+    return Shortlist({name: None if one is None else one[order] for name, one in asked.items()},
+                     [cards[int(row_id)] for row_id in merged.row_ids[order]])
 
 
-def page(ranked: Sequence[Ranked], request: SearchRequest) -> dict[str, Any]:
-    """`items`, `candidates` and `facets` of one page."""
-    in_order = sort_ranked(ranked, request.sort)
-    chosen = in_order[request.offset: request.offset + request.k]
-    return {"items": _hits(chosen, request.offset), "candidates": len(ranked),
+def rank(answers: Sequence[ShardAnswer], query: Query) -> list[Ranked]:
+    """The candidates of all shards, best first."""
+    return as_found(shortlist(answers, query))
+
+
+def page(found: Shortlist, ordered: Ordered | None, request: SearchRequest) -> dict[str, Any]:
+    """`items`, `candidates` and `facets` of one page; without `ordered` in the order of the first stage."""
+    ranked = as_found(found) if ordered is None else reordered(found, ordered)
+    chosen = sort_ranked(ranked, request.sort)[request.offset: request.offset + request.k]
+    return {"items": _hits(chosen, request.offset, (found, ordered) if request.explain else None),
+            "candidates": len(ranked),
             "facets": {name: facet_counts(ranked, name) for name in ("category", "brand")}}
 
 
+# --- recommendations ------------------------------------------------------------------------------
+def suggested(suggestion: Suggestion, cards: Sequence[Row], seen: Sequence[str], depth: int) -> Shortlist:
+    """The at most `depth` best items that the index has, that meet the filters and were not seen."""
+    by_id = {card["product_id"]: card for card in cards}
+    hidden = set(seen)
+    kept = [place for place, one in enumerate(suggestion.product_ids) if one in by_id and one not in hidden][:depth]
+    return Shortlist({"fused": np.asarray(suggestion.scores, dtype=np.float32)[kept]},
+                     [by_id[suggestion.product_ids[place]] for place in kept])
+
+
+def history_query(history: Sequence[str], cards: Sequence[Row]) -> str:
+    """A history as the cross-encoder reads it: its latest titles, as `make_reranker_pairs` writes contexts."""
+    by_id = {card["product_id"]: card for card in cards}
+    latest = [by_id[one] for one in dict.fromkeys(reversed(history)) if one in by_id][:ContextConfig().titles]
+    return likes_text([f"{one['title']} by {one['brand']}" if one["brand"] else str(one["title"]) for one in latest])
+
+
+def recommended(found: Shortlist, ordered: Ordered | None, suggestion: Suggestion, request: RecommendRequest
+                ) -> dict[str, Any]:
+    """The fields of an answer to a history."""
+    ranked = as_found(found) if ordered is None else reordered(found, ordered)
+    return {"items": _hits(ranked[:request.k], 0, (found, ordered) if request.explain else None),
+            "candidates": len(ranked), "source": suggestion.source, "fallback": not suggestion.known,
+            "known": suggestion.known}
+
+
+# --- lists ----------------------------------------------------------------------------------------
 def sort_ranked(ranked: Sequence[Ranked], sort: Sort) -> list[Ranked]:
     """The candidates in the order of `sort`, equal or missing values by relevance, missing ones last."""
     if sort == "relevance":
@@ -136,7 +205,7 @@ def facet_counts(ranked: Sequence[Ranked], column: str) -> list[dict[str, Any]]:
 
 def similar_hits(ranked: Sequence[Ranked], product_id: str, k: int) -> list[Hit]:
     """The first `k` candidates other than the product itself."""
-    return _hits([one for one in ranked if one.card["product_id"] != product_id][:k], 0)
+    return _hits([one for one in ranked if one.card["product_id"] != product_id][:k], 0, None)
 
 
 def to_product(row: Row) -> Product:
@@ -144,8 +213,9 @@ def to_product(row: Row) -> Product:
     return Product(**_shown(row))
 
 
-def _hits(ranked: Sequence[Ranked], offset: int) -> list[Hit]:
-    return [Hit(**_shown(one.card), rank=offset + place, score=one.score) for place, one in enumerate(ranked, 1)]
+def _hits(ranked: Sequence[Ranked], offset: int, why: tuple[Shortlist, Ordered | None] | None) -> list[Hit]:
+    return [Hit(**_shown(one.card), rank=offset + place, score=one.score,
+                explanation=None if why is None else explanation(one, *why)) for place, one in enumerate(ranked, 1)]
 
 
 def _shown(row: Row) -> dict[str, Any]:
@@ -190,16 +260,44 @@ def encode_each(encode: Callable[[Sequence[str]], Encoding], texts: Sequence[str
 class Recommender:
     """The whole service in one process: the same answers as over HTTP, for notebooks, jobs and tests."""
 
-    def __init__(self, index: Index, encoder: TextEncoder | None, config: RetrieverConfig) -> None:
+    def __init__(self, index: Index, encoder: TextEncoder | None, config: RetrieverConfig,
+                 reranker: Reranker | None = None) -> None:
         if encoder is None and config.mode != "bm25":
             raise ValueError(f"mode {config.mode!r} needs a text encoder; without one use mode 'bm25'")
-        self.index, self.encoder, self.config = index, encoder, config
+        self.index, self.encoder, self.config, self.reranker = index, encoder, config, reranker
 
     def search(self, request: SearchRequest) -> dict[str, Any]:
         """`items`, `candidates` and `facets` of one page."""
         query = search_query(request, self.config)
-        encoding = None if self.encoder is None else query_encoding(self.encoder, self.config, [query.text])
-        return page(rank([ask_shard(self.index, query, encoding)], query), request)
+        encoding = (None if self.encoder is None or query.config.mode == "bm25"
+                    else query_encoding(self.encoder, query.config, [query.text]))
+        found = shortlist([ask_shard(self.index, query, encoding)], query)
+        if self.reranker is None or request.system != "full":
+            return page(found, None, request)
+        found = found.head(self.reranker.config.depth)
+        return page(found, self._ordered(self.reranker, query.text, found, [], request.explain), request)
+
+    def recommend(self, first: FirstStage, request: RecommendRequest, depth: int, reranker: Reranker | None = None
+                  ) -> dict[str, Any]:
+        """What follows a history: `items`, `candidates`, `source`, `fallback`, `known`."""
+        filters, count = request.filters.to_filters(), depth
+        while True:
+            suggestion = first.suggest(request.history, count)
+            cards = ask_cards(self.index, row_ids(suggestion.product_ids), filters)
+            found = suggested(suggestion, cards, request.seen, depth)
+            if len(found.cards) == depth or suggestion.complete:
+                break
+            count *= 4
+        if reranker is None or not suggestion.known:
+            return recommended(found, None, suggestion, request)
+        found = found.head(reranker.config.depth)
+        context = history_query(request.history, ask_cards(self.index, row_ids(request.history), Filters()))
+        ordered = self._ordered(reranker, context, found, request.history, request.explain)
+        return recommended(found, ordered, suggestion, request)
+
+    def _ordered(self, reranker: Reranker, query: str, found: Shortlist, seen: Sequence[str], explain: bool) -> Ordered:
+        candidates = found.candidates(ask_rows(self.index, found.row_ids))
+        return order_with(reranker, query, candidates, reranker.cross(query, candidates), seen, explain)
 
     def product(self, product_id: str) -> Product | None:
         """One product, or None when the index has none of that id."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -10,28 +13,49 @@ from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse
 
-from recsys_ray.serving.api import (
-    Limits,
+from recsys_ray.serving.answers import (
+    Answer,
+    EventsResponse,
     ProductResponse,
+    RankedAnswer,
     ReadyResponse,
-    SearchRequest,
+    RecommendResponse,
     SearchResponse,
     SimilarResponse,
+    error_documents,
+)
+from recsys_ray.serving.api import (
+    EventsRequest,
+    Limits,
+    RecommendRequest,
+    SearchRequest,
     check_product_id,
     check_similar_k,
-    error_documents,
-    parse_search,
+    parse,
 )
 from recsys_ray.serving.docs import PAGE_POLICY, docs_page
 from recsys_ray.serving.errors import ApiError, error_body, error_headers, from_status, validation_error
+from recsys_ray.serving.event_log import EventLog
 from recsys_ray.serving.gateway import Gateway
 from recsys_ray.serving.limits import Gate
+from recsys_ray.serving.page import add_page
+from recsys_ray.serving.records import Observe, Record, log_record
 
-SEARCH_SCHEMA = SearchRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-SEARCH_PARTS = SEARCH_SCHEMA.pop("$defs", {})
-SEARCH_BODY = {"requestBody": {"required": True, "content": {"application/json": {
-    "schema": SEARCH_SCHEMA,
-    "examples": {f"example {number}": {"value": value} for number, value in enumerate(SEARCH_SCHEMA["examples"], 1)}}}}}
+AnyAnswer = TypeVar("AnyAnswer", bound=Answer)
+PARTS: dict[str, Any] = {}      # schemas that the bodies refer to
+
+
+def _body(kind: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI entry of a body that a route parses itself."""
+    schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
+    PARTS.update(schema.pop("$defs", {}))
+    examples = {f"example {number}": {"value": value} for number, value in enumerate(schema["examples"], 1)}
+    return {"requestBody": {"required": True, "content": {"application/json": {
+        "schema": schema, "examples": examples}}}}
+
+
+SEARCH_BODY, RECOMMEND_BODY, EVENTS_BODY = _body(SearchRequest), _body(RecommendRequest), _body(EventsRequest)
+ERRORS = (400, 401, 413, 422, 429, 503)
 
 
 class SimilarQuery(BaseModel):
@@ -47,42 +71,83 @@ class NoQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-def create_api(gateway: Gateway, limits: Limits, key_sha256: str | None = None) -> FastAPI:
-    """The ASGI application of `gateway`; with `key_sha256`, only for clients that send that key."""
-    app = FastAPI(title="recsys_ray", version="1", summary="Product search and similar products",
-                  docs_url=None, redoc_url=None)  # FastAPI's own pages load their scripts from elsewhere
-    app.add_middleware(Gate, max_body_bytes=limits.max_body_bytes, key_sha256=key_sha256)
+def create_api(gateway: Gateway, limits: Limits, key_sha256: str | None = None, *, observe: Observe = log_record,
+               log_queries: bool = False, image_hosts: Sequence[str] = ()) -> FastAPI:
+    """The ASGI application of `gateway`; with `key_sha256`, only for clients that send that key.
+
+    Every request ends in a call of `observe`. At shutdown the events that wait are written.
+    """
+    app = FastAPI(title="recsys_ray", version="1", summary="Product search, recommendations and similar products",
+                  docs_url=None, redoc_url=None,    # FastAPI's own pages load their scripts from elsewhere
+                  lifespan=_closing(gateway.events))
+    app.add_middleware(Gate, max_body_bytes=limits.max_body_bytes, max_in_flight=limits.max_in_flight,
+                       key_sha256=key_sha256, observe=observe)
     _add_error_handlers(app)
-    _add_search(app, gateway, limits)
+    _add_search(app, gateway, limits, log_queries)
+    if gateway.recommending is not None:
+        _add_recommend(app, gateway, limits)
+    if gateway.events is not None:
+        _add_events(app, gateway, limits)
     _add_products(app, gateway, limits)
     _add_health(app, gateway)
     _describe(app)
     _add_docs(app)
+    add_page(app, image_hosts)
     return app
 
 
-def _add_search(app: FastAPI, gateway: Gateway, limits: Limits) -> None:
+def _closing(events: EventLog | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        if events is not None:
+            await asyncio.to_thread(events.close)
+
+    return lifespan
+
+
+def _add_search(app: FastAPI, gateway: Gateway, limits: Limits, log_queries: bool) -> None:
     @app.post("/v1/search", response_model=SearchResponse, openapi_extra=SEARCH_BODY, tags=["search"],
-              responses=error_documents(400, 401, 413, 422, 503))
+              responses=error_documents(*ERRORS))
     async def search(request: Request, query: Annotated[NoQuery, Query()]) -> SearchResponse:
         """The products that fit a query best, filtered, sorted and counted."""
-        return await gateway.search(parse_search(await request.body(), limits), _request_id(request))
+        asked = parse(SearchRequest, await request.body(), limits)
+        return _recorded(request, await gateway.search(asked, _request_id(request)),
+                         asked.query if log_queries else None)
+
+
+def _add_recommend(app: FastAPI, gateway: Gateway, limits: Limits) -> None:
+    @app.post("/v1/recommend", response_model=RecommendResponse, openapi_extra=RECOMMEND_BODY, tags=["recommend"],
+              responses=error_documents(*ERRORS))
+    async def recommend(request: Request, query: Annotated[NoQuery, Query()]) -> RecommendResponse:
+        """What somebody may like who has these products; the most popular ones when none of them is known."""
+        asked = parse(RecommendRequest, await request.body(), limits)
+        return _recorded(request, await gateway.recommend(asked, _request_id(request)))
+
+
+def _add_events(app: FastAPI, gateway: Gateway, limits: Limits) -> None:
+    @app.post("/v1/events", response_model=EventsResponse, openapi_extra=EVENTS_BODY, tags=["events"],
+              status_code=202, responses=error_documents(*ERRORS))
+    async def events(request: Request, query: Annotated[NoQuery, Query()]) -> EventsResponse:
+        """Take in clicks, carts and purchases; they are written within seconds."""
+        return await gateway.keep_events(parse(EventsRequest, await request.body(), limits), _request_id(request))
 
 
 def _add_products(app: FastAPI, gateway: Gateway, limits: Limits) -> None:
     # An id may hold a slash, hence the path converter; the longer route has to come first.
     @app.get("/v1/products/{product_id:path}/similar", response_model=SimilarResponse, tags=["products"],
-             responses=error_documents(400, 401, 404, 413, 422, 503))
+             responses=error_documents(*ERRORS, 404))
     async def similar(request: Request, product_id: str, query: Annotated[SimilarQuery, Query()]) -> SimilarResponse:
         """The products nearest to a product."""
-        return await gateway.similar(check_product_id(product_id, limits), check_similar_k(query.k, limits),
-                                     _request_id(request))
+        answer = await gateway.similar(check_product_id(product_id, limits), check_similar_k(query.k, limits),
+                                       _request_id(request))
+        return _recorded(request, answer)
 
     @app.get("/v1/products/{product_id:path}", response_model=ProductResponse, tags=["products"],
-             responses=error_documents(400, 401, 404, 413, 422, 503))
+             responses=error_documents(*ERRORS, 404))
     async def product(request: Request, product_id: str, query: Annotated[NoQuery, Query()]) -> ProductResponse:
         """One product."""
-        return await gateway.product(check_product_id(product_id, limits), _request_id(request))
+        return _recorded(request, await gateway.product(check_product_id(product_id, limits), _request_id(request)))
 
 
 def _add_health(app: FastAPI, gateway: Gateway) -> None:
@@ -117,12 +182,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _describe(app: FastAPI) -> None:
-    """Give the OpenAPI document the schemas that the search body refers to."""
+    """Give the OpenAPI document the schemas that bodies refer to."""
     plain = app.openapi
 
     def described() -> dict[str, Any]:
         document = plain()
-        document["components"]["schemas"].update(SEARCH_PARTS)
+        document["components"]["schemas"].update(PARTS)
         return document
 
     app.openapi = described  # type: ignore[method-assign]
@@ -139,3 +204,11 @@ def _request_id(request: Request) -> str:
     return str(request.state.request_id)
 
 
+
+
+def _recorded(request: Request, answer: AnyAnswer, query: str | None = None) -> AnyAnswer:
+    """The answer, when what is known of it stands in the request's record."""
+    record: Record = request.state.record
+    record.stages_ms, record.query = answer.took_ms, query
+    record.degraded = answer.degraded_stage if isinstance(answer, RankedAnswer) else None
+    return answer

@@ -133,7 +133,7 @@ def test_the_job_manifest_runs_a_job_that_exists_with_keys_that_exist() -> None:
 def test_the_service_manifest_builds_our_application_from_its_arguments() -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    from recsys_ray.serving.app import ServeConfig
+    from recsys_ray.serving.config import ServeConfig
 
     manifest = parsed(CLUSTER / "kuberay" / "rayservice.yaml")
     serve_config = yaml.safe_load(manifest["spec"]["serveConfigV2"])
@@ -149,12 +149,13 @@ def test_the_service_manifest_builds_our_application_from_its_arguments() -> Non
 
 
 def test_the_service_has_room_for_its_replicas() -> None:
-    from recsys_ray.serving.app import ServeConfig
+    from recsys_ray.serving.config import ServeConfig
 
     manifest = parsed(CLUSTER / "kuberay" / "rayservice.yaml")
     config = ServeConfig.model_validate(yaml.safe_load(manifest["spec"]["serveConfigV2"])["applications"][0]["args"])
-    needed = (config.gateway_replicas * config.gateway_cpus + config.encoder_replicas * config.encoder_cpus
-              + config.shards * config.shard_replicas * config.shard_cpus)
+    stages = config.stages
+    asked = [(1, stages.gateway), (1, stages.encoder), (config.shards, stages.shard)]
+    needed = sum(times * stage.replicas * stage.cpus for times, stage in asked)
     workers = ray_cluster_spec(manifest)["workerGroupSpecs"]
     room = sum(group["replicas"] * int(group["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
                for group in workers)

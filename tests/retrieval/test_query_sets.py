@@ -103,6 +103,14 @@ def test_a_table_under_its_own_column_names(tmp_path: Path) -> None:
     assert found.skipped == 2
 
 
+def test_a_query_that_was_asked_twice_is_asked_once(tmp_path: Path) -> None:
+    path = tmp_path / "asked.csv"
+    path.write_text("query_id,query\nb,tee\na,sofa\nb,tee\nc, \n")
+    found = table_query_set(TableQueries(path=str(path)))
+    assert found.queries["query"].to_pylist() == ["sofa", "tee"]
+    assert found.skipped == 1
+
+
 def test_repeated_ids_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "asked.csv"
     path.write_text("query_id,query\na,sofa\na,tee\n")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from small_shop import REFUSED, Refusal, body, client, local_app, open_parts
 
-from recsys_ray.serving.api import Limits, SearchFilters, parse_search
+from recsys_ray.serving.api import Limits, SearchFilters, SearchRequest, parse
 from recsys_ray.serving.errors import ApiError
 
 
@@ -73,7 +73,7 @@ def test_unknown_filter_values_match_nothing(app) -> None:  # type: ignore[no-un
 ).map(lambda value: json.dumps(value).encode("utf-8", "surrogatepass")))
 def test_any_bytes_are_a_request_or_a_refusal(content: bytes) -> None:
     try:
-        request = parse_search(content, Limits())
+        request = parse(SearchRequest, content, Limits())
     except ApiError as error:
         refused = error
     else:
@@ -86,10 +86,10 @@ def test_any_bytes_are_a_request_or_a_refusal(content: bytes) -> None:
 
 def test_limits_are_those_of_the_configuration() -> None:
     tight = Limits(max_query_chars=5, max_k=3, max_window=4)
-    assert parse_search(body(query="abcde", k=3, offset=1), tight).k == 3
+    assert parse(SearchRequest, body(query="abcde", k=3, offset=1), tight).k == 3
     for bad in (body(query="abcdef", k=1), body(query="a", k=4), body(query="a", k=3, offset=2)):
         with pytest.raises(ApiError) as error:
-            parse_search(bad, tight)
+            parse(SearchRequest, bad, tight)
         assert error.value.status == 422
     with pytest.raises(ValidationError, match="raise max_window"):
         Limits(max_k=10, max_window=5)

@@ -26,23 +26,15 @@ from recsys_ray.artifacts import ArtifactError, open_artifact
 from recsys_ray.config import ConfigError
 from recsys_ray.models.bge_m3_heads import BgeM3Heads
 from recsys_ray.models.registry import build_text_encoder
-from recsys_ray.models.text_encoder import TextEncoderConfig
+from recsys_ray.models.text_encoder import TextEncoderConfig, encoder_identity
 from recsys_ray.retrieval.fusion import FusionConfig
 from recsys_ray.retrieval.retriever import RetrieverConfig
 from recsys_ray.retrieval.segments import open_index
-from recsys_ray.serving import app as app_module
-from recsys_ray.serving.api import parse_search
-from recsys_ray.serving.app import (
-    ServeConfig,
-    ServeError,
-    base_url,
-    build_app,
-    divide,
-    refuse_foreign,
-    run,
-    segment_rows,
-    serving,
-)
+from recsys_ray.serving import deployments
+from recsys_ray.serving.api import SearchRequest, parse
+from recsys_ray.serving.app import base_url, build_app, divide, run, segment_rows, serving
+from recsys_ray.serving.config import ServeConfig
+from recsys_ray.serving.deployments import ServeError, ShardReplica, refuse_foreign
 from recsys_ray.serving.limits import API_KEY
 from recsys_ray.serving.recommender import Recommender
 
@@ -123,14 +115,14 @@ class DyingHandle:
 @pytest.mark.parametrize(("deaths", "calls"), [(0, 1), (1, 2), (2, 3)])
 def test_a_call_to_a_dead_replica_is_repeated(deaths: int, calls: int) -> None:
     handle = DyingHandle(deaths)
-    assert asyncio.run(app_module._call(handle, "search", 7)) == 7  # type: ignore[arg-type]
+    assert asyncio.run(deployments._call(handle, "search", 7)) == 7  # type: ignore[arg-type]
     assert handle.calls == calls
 
 
 def test_repeating_has_an_end() -> None:
     handle = DyingHandle(99)
     with pytest.raises(ActorDiedError):
-        asyncio.run(app_module._call(handle, "search", 7))  # type: ignore[arg-type]
+        asyncio.run(deployments._call(handle, "search", 7))  # type: ignore[arg-type]
     assert handle.calls == 3
 
 
@@ -165,7 +157,7 @@ def service(local_ray: None, real_index: RealIndex) -> Iterator[httpx.Client]:
 def test_the_service_answers_what_one_process_answers(service: httpx.Client, real_index: RealIndex) -> None:
     for fields in ({"query": "couch in red", "k": 20}, {"query": "oak shelf", "sort": "price_asc", "offset": 3, "k": 5},
                    {"query": "something to sit on", "filters": {"category": ["seating"], "price_max": 100.0}}):
-        expected = real_index.recommender.search(parse_search(body(**fields), LIMITS))
+        expected = real_index.recommender.search(parse(SearchRequest, body(**fields), LIMITS))
         answer = service.post("/v1/search", content=body(**fields)).json()
         assert [item["product_id"] for item in answer["items"]] == [hit.product_id for hit in expected["items"]]
         assert [item["score"] for item in answer["items"]] == pytest.approx(
@@ -196,7 +188,7 @@ def test_a_service_weighs_token_weights_and_vectors(local_ray: None, service: ht
     serve.run(build_app(config), name=config.name, route_prefix="/whole")
     try:
         for query in ("red sofa", "green mirror number17"):
-            expected = offline.search(parse_search(body(query=query, k=20), LIMITS))["items"]
+            expected = offline.search(parse(SearchRequest, body(query=query, k=20), LIMITS))["items"]
             deadline = time.monotonic() + 60
             while (answer := service.post("/whole/v1/search", content=body(query=query, k=20))).status_code != 200:
                 assert time.monotonic() < deadline, answer.text     # still loading
@@ -294,7 +286,7 @@ def test_a_damaged_index_does_not_become_ready_and_says_why(local_ray: None, ser
     damaged = bytearray(victim.read_bytes())
     damaged[-1] ^= 1
     victim.write_bytes(bytes(damaged))
-    replica = app_module.ShardReplica(0, str(tmp_path / "index"), real_index.recommender.index.version, ["seg-b"])
+    replica = ShardReplica(0, str(tmp_path / "index"), real_index.recommender.index.version, ["seg-b"])
     deadline = time.monotonic() + 30
     while (status := asyncio.run(replica.status())).problem is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -344,4 +336,4 @@ def wait_ready(url: str, job: subprocess.Popen[bytes]) -> None:
 
 def test_the_words_encoder_is_not_what_the_service_uses() -> None:
     """Guards the fixtures: the service test must run on a real model, not on the stand-in."""
-    assert WordEncoder.identity != app_module.encoder_identity(TextEncoderConfig())
+    assert WordEncoder.identity != encoder_identity(TextEncoderConfig())

@@ -17,7 +17,8 @@ import psutil
 import pytest
 from small_shop import LIMITS, RETRIEVER, body
 
-from recsys_ray.serving.app import ServeConfig, serving
+from recsys_ray.serving.app import serving
+from recsys_ray.serving.config import ServeConfig, Stage, Stages
 
 pytestmark = pytest.mark.ray
 DEADLINE_S = 2.0
@@ -31,7 +32,8 @@ def url(local_ray: None, small_index: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     config = ServeConfig(index=small_index, encoder=None, retriever=RETRIEVER.replace(mode="bm25"), limits=LIMITS,
-                         shards=2, shard_replicas=2, port=port, deadline_ms=int(DEADLINE_S * 1000))
+                         shards=2, stages=Stages(shard=Stage(replicas=2)), port=port,
+                         deadline_ms=int(DEADLINE_S * 1000))
     with serving(config) as url:
         yield url
 

@@ -10,14 +10,14 @@ import pytest
 from small_shop import LIMITS, RETRIEVER, WordEncoder, body, catalogue, open_parts
 
 from recsys_ray.retrieval.segments import open_index
-from recsys_ray.serving.api import SearchRequest, parse_search
+from recsys_ray.serving.api import SearchRequest, parse
 from recsys_ray.serving.errors import ApiError
 from recsys_ray.serving.gateway import Gateway
 from recsys_ray.serving.recommender import Recommender
 
 
 def request(**fields: object) -> SearchRequest:
-    return parse_search(body(**fields), LIMITS)
+    return parse(SearchRequest, body(**fields), LIMITS)
 
 
 def test_over_shards_the_answer_is_that_of_one_process(small_index: Path) -> None:

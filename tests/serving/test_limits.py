@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
+import logging
 import tracemalloc
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,6 +16,8 @@ from small_shop import LIMITS, body, client, local_app, open_parts
 
 from recsys_ray.config import ConfigError
 from recsys_ray.serving.limits import API_KEY, Gate, api_key_digest
+from recsys_ray.serving.records import Record
+from recsys_ray.serving.routes import create_api
 
 KEY = "correct horse battery staple"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
@@ -106,15 +110,16 @@ def test_with_a_key_only_its_bearers_are_answered(small_index: Path) -> None:
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_with_a_key_everything_but_the_probes_is_closed(small_index: Path) -> None:
+def test_with_a_key_everything_but_the_probes_and_the_page_is_closed(small_index: Path) -> None:
     app = local_app(open_parts(small_index), DIGEST)
 
     async def statuses(paths: list[str]) -> list[int]:
         async with client(app) as http:
             return [(await http.get(path)).status_code for path in paths]
 
-    assert asyncio.run(statuses(["/healthz", "/readyz"])) == [200, 200]
-    closed = ["/v1/products/P001", "/docs", "/openapi.json", "/nowhere", "/healthz/", "//healthz"]
+    opened = ["/healthz", "/readyz", "/", "/static/search.js", "/static/search.css"]
+    assert asyncio.run(statuses(opened)) == [200] * len(opened)
+    closed = ["/static/", "/v1/products/P001", "/docs", "/openapi.json", "/nowhere", "/healthz/"]
     assert asyncio.run(statuses(closed)) == [401] * len(closed)
 
 
@@ -149,7 +154,58 @@ def test_an_unforeseen_error_says_nothing_about_the_code() -> None:
     async def broken(scope, receive, send) -> None:  # type: ignore[no-untyped-def]
         raise RuntimeError("secret of /srv/app.py")
 
-    status, text, _ = raw(Gate(broken, max_body_bytes=100, key_sha256=None), headers=[], messages=[])
+    records: list[Record] = []
+    gate = Gate(broken, max_body_bytes=100, max_in_flight=1, key_sha256=None, observe=records.append)
+    status, text, _ = raw(gate, headers=[], messages=[])
     assert status == 500
     assert b"internal_error" in text
     assert b"secret" not in text
+    assert [(one.status, one.path) for one in records] == [(500, "other")]
+    assert gate.in_flight == 0
+
+
+def test_more_requests_than_there_is_room_for_are_sent_away_and_probes_never_are(small_index: Path) -> None:
+    parts = open_parts(small_index)
+    parts.delays[0] = 0.3
+    app = create_api(parts.gateway(), LIMITS.replace(max_in_flight=3))
+
+    async def crowd() -> tuple[list[httpx.Response], httpx.Response]:
+        async with client(app) as http:
+            waiting = [asyncio.ensure_future(http.post("/v1/search", content=body())) for _ in range(8)]
+            await asyncio.sleep(0.1)
+            probe = await http.get("/healthz")
+            return list(await asyncio.gather(*waiting)), probe
+
+    answers, probe = asyncio.run(crowd())
+    assert sorted(one.status_code for one in answers) == [200] * 3 + [429] * 5
+    refused = next(one for one in answers if one.status_code == 429)
+    assert refused.headers["retry-after"] == "1"
+    assert refused.json()["error"]["code"] == "overloaded"
+    assert probe.status_code == 200
+    assert asyncio.run(post(app, body())).status_code == 200    # there is room again
+
+
+def test_every_request_leaves_one_line_without_the_shoppers_words(small_index: Path,
+                                                                  caplog: pytest.LogCaptureFixture) -> None:
+    app = local_app(open_parts(small_index))
+    with caplog.at_level(logging.INFO, "recsys_ray.requests"):
+        asyncio.run(post(app, body(query="a secret wish"), **{"x-request-id": "r-1"}))
+        asyncio.run(post(app, b"{"))
+        asyncio.run(get(app, "/healthz"))
+        asyncio.run(get(app, "/v1/products/P001"))
+    lines = [json.loads(one.message) for one in caplog.records if one.name == "recsys_ray.requests"]
+    assert [(one["path"], one["status"]) for one in lines] == [
+        ("/v1/search", 200), ("/v1/search", 400), ("/v1/products/{product_id:path}", 200)]
+    assert lines[0]["request_id"] == "r-1"
+    assert set(lines[0]["stages_ms"]) == {"encode", "shards", "rank"}
+    assert 0 < sum(lines[0]["stages_ms"].values()) <= lines[0]["ms"]
+    assert "secret" not in caplog.text
+    told = create_api(open_parts(small_index).gateway(), LIMITS, log_queries=True)
+    with caplog.at_level(logging.INFO, "recsys_ray.requests"):
+        asyncio.run(post(told, body(query="a secret wish")))
+    assert json.loads(caplog.records[-1].message)["query"] == "a secret wish"
+
+
+async def get(app, path: str) -> httpx.Response:  # type: ignore[no-untyped-def]
+    async with client(app) as http:
+        return await http.get(path)

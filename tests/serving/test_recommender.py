@@ -17,7 +17,7 @@ from recsys_ray.models.token_signals import Encoding, Signals, SparseRows
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.retriever import Retriever
 from recsys_ray.retrieval.segments import open_index
-from recsys_ray.serving.api import SearchRequest, parse_search
+from recsys_ray.serving.api import SearchRequest, parse
 from recsys_ray.serving.errors import ApiError
 from recsys_ray.serving.recommender import (
     NoEncoding,
@@ -37,7 +37,7 @@ def recommender(small_index: Path) -> Recommender:
 
 
 def request(**fields: object) -> SearchRequest:
-    return parse_search(body(**fields), LIMITS)
+    return parse(SearchRequest, body(**fields), LIMITS)
 
 
 def ids(found: dict) -> list[str]:  # type: ignore[type-arg]

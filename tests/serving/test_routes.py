@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from small_shop import LIMITS, RETRIEVER, WordEncoder, body, client, local_app, open_parts
 
 from recsys_ray.retrieval.segments import open_index
-from recsys_ray.serving.api import parse_search
+from recsys_ray.serving.api import SearchRequest, parse
 from recsys_ray.serving.recommender import Recommender
 
 
@@ -37,7 +37,7 @@ def test_over_http_the_answers_are_those_of_the_recommender(app: FastAPI, small_
     for fields in ({"query": "blue lamp", "k": 20}, {"query": "sofa", "sort": "rating", "offset": 4},
                    {"query": "oak", "filters": {"brand": ["Haus"], "price_max": 99.5}}):
         content = body(**fields)
-        expected = recommender.search(parse_search(content, LIMITS))
+        expected = recommender.search(parse(SearchRequest, content, LIMITS))
         answer = get(app, "/v1/search", "POST", content).json()
         assert answer["items"] == [json.loads(hit.model_dump_json()) for hit in expected["items"]]
         assert answer["facets"] == expected["facets"]
