@@ -1,4 +1,4 @@
-"""Score retrieved candidates against judgments; prints the figures with their intervals.
+"""Score retrieved candidates against judgments, or concerns against labels; prints the figures with their intervals.
 
     python jobs/evaluate.py --config configs/evaluate/esci.yaml judgments.path=FILE
     ray job submit --working-dir . -- python jobs/evaluate.py --config configs/evaluate/demo.yaml
@@ -7,14 +7,13 @@
 import sys
 
 from recsys_ray.config import main
-from recsys_ray.evaluation.retrieval import EvaluateConfig as JobConfig
-from recsys_ray.evaluation.retrieval import evaluate, read_evaluation
-from recsys_ray.evaluation.summary import terminal_summary
+from recsys_ray.evaluation.tasks import EvaluationConfig as JobConfig
+from recsys_ray.evaluation.tasks import evaluate_task
 
 
 def run(config: JobConfig) -> None:
     """Evaluate and print."""
-    sys.stdout.write(terminal_summary(read_evaluation(evaluate(config))))
+    sys.stdout.write(evaluate_task(config))
 
 
 if __name__ == "__main__":

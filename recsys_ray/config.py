@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
@@ -40,6 +40,11 @@ class Config(BaseModel):
         """16 hex digits that are equal exactly when two configurations are equal."""
         return fingerprint(self.model_dump(mode="json"))
 
+    @classmethod
+    def chosen_for(cls, values: Mapping[str, Any]) -> type[Self]:
+        """The class that reads these values: this one; a family of configurations chooses one of its members."""
+        return cls
+
     def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed."""
         return type(self).model_validate({**self.model_dump(), **changes})
@@ -63,10 +68,11 @@ def load_config(cls: type[AnyConfig], path: str | Path | None, overrides: Sequen
     values = _read_yaml(Path(path)) if path is not None else {}
     for override in overrides:
         _apply_override(values, override)
+    chosen = cls.chosen_for(values)
     try:
-        return cls.model_validate(values)
+        return chosen.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, cls, path)) from None
+        raise ConfigError(_explain(error, chosen, path)) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ STAGE_VERSION = 1       # raise it when the same inputs would give other tables
 OWN = "own label"       # the rule of a label that was given
 _LABEL_ROW = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("product_id", "concern", "label")])
 _SAID = {"1": 1, "true": 1, "yes": 1, "0": 0, "false": 0, "no": 0}
+GivenLabels = dict[tuple[str, str], tuple[int, str]]    # (product_id, concern) -> label, place
 
 
 class LabelError(ValueError):
@@ -118,19 +119,32 @@ def _labelled(config: LabelConcernsConfig, book: Rulebook) -> tuple[pa.Table, pa
 
 def _own_labels(config: OwnLabels, book: Rulebook, products: pa.Table
                 ) -> tuple[dict[tuple[str, str], int], pa.Table]:
-    """The label of each (product, concern) of the file, and the rows about products that there are not.
+    """The label of each (product, concern) of the file, and the rows about products that there are not."""
+    found = read_given(config, book.concerns)
+    known = set(products["product_id"].to_pylist())
+    aside = [{"table": "labels", "source": place, "key": pair[0], "row": json.dumps(pair),
+              "reason": "label of a product that was not read or was set aside"}
+             for pair, (_, place) in found.items() if pair[0] not in known]
+    kept = {pair: label for pair, (label, _) in found.items() if pair[0] in known}
+    if not kept:
+        raise LabelError(f"{config.path}: none of its {len(found)} labels is of a product that can be used; are "
+                         "product_id of labels and products the same ids?")
+    return kept, pa.Table.from_pylist(aside, schema=QUARANTINE)
 
-    Errors: `LabelError` or `RuleError` naming the first bad row: no label, one that is neither 1 nor 0, an unknown
+
+def read_given(config: OwnLabels, known: Collection[str] | None = None) -> GivenLabels:
+    """(product_id, concern) -> (label, place) of a table of labels; `known`: the concerns it may name (None: any).
+
+    Errors: `LabelError` naming file and row of the first bad one: no label, one that is neither 1 nor 0, an unknown
     concern, two labels of one pair that differ.
     """
-    found: dict[tuple[str, str], tuple[int, str]] = {}
-    known, aside = set(products["product_id"].to_pylist()), []
+    found: GivenLabels = {}
     for row in load_rows(config.path, config.columns, _LABEL_ROW).to_pylist():
         place = row["_source"]
         if row["_error"]:
             raise LabelError(f"{place}: {row['_error']}")
-        if row["concern"] not in book.concerns:
-            raise LabelError(f"{place}: unknown concern {row['concern']!r}; known are {', '.join(book.concerns)}. "
+        if known is not None and row["concern"] not in known:
+            raise LabelError(f"{place}: unknown concern {row['concern']!r}; known are {', '.join(known)}. "
                              "A further one needs its words in concerns.yaml of a further folder under rules")
         label = _SAID.get(row["label"].strip().lower())
         if label is None:
@@ -139,14 +153,7 @@ def _own_labels(config: OwnLabels, book: Rulebook, products: pa.Table
         before = found.setdefault(pair, (label, place))
         if before[0] != label:
             raise LabelError(f"{place}: {pair[0]!r} has label {label} for {pair[1]}, and {before[0]} in {before[1]}")
-        if pair[0] not in known:
-            aside.append({"table": "labels", "source": place, "key": pair[0], "row": json.dumps(pair),
-                          "reason": "label of a product that was not read or was set aside"})
-    kept = {pair: label for pair, (label, _) in found.items() if pair[0] in known}
-    if not kept:
-        raise LabelError(f"{config.path}: none of its {len(found)} labels is of a product that can be used; are "
-                         "product_id of labels and products the same ids?")
-    return kept, pa.Table.from_pylist(aside, schema=QUARANTINE)
+    return found
 
 
 def _split(labels: pa.Table, products: pa.Table, config: ConcernSplitConfig) -> tuple[pa.Table, pa.Table]:

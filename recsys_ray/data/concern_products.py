@@ -101,9 +101,9 @@ def _judged(row: Row, config: ConcernProducts, labeller: Labeller, kinds_only: b
     if kinds_only and not labeller.kinds(row["category"], row["title"]):
         return [], f"no kind of product in its category: {row['category'] or 'none'}"
     if not (row["ingredients"] or "").strip():
-        found = ingredients_in_text(text, book.synonyms, book.active_names) if config.find_in_text and text else None
-        row["ingredients"] = found
-        if found is None:
+        row["ingredients"] = ingredients_in_text(f"{row['title']}\n{text or ''}", book.synonyms, book.active_names) \
+            if config.find_in_text else None
+        if row["ingredients"] is None:
             return [], "no ingredients" if config.without_ingredients == "set_aside" else None
     listed = parse_ingredients(row["ingredients"], book.synonyms)
     flags = list_flags(listed, book.synonyms)

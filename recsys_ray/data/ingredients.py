@@ -46,6 +46,7 @@ _COLOUR = re.compile(r"^(?:c\.?\s*i\.?\s*)?(?:no\.?\s*)?(\d{5})(?::\d)?$", re.IG
 _ORIGIN = re.compile(r"^(?:(?:certified|organic|organically grown|natural|pure|raw|cold[- ]pressed|refined|unrefined|"
                      r"virgin|extra virgin|micronized|encapsulated|nano)\s+)+")
 _POLYMER = re.compile(r"polymer|copolyol|resin|esters?\b|glycerides\b")
+_NOT = re.compile(r"\b(?:free (?:of|from)|without|no|zero|non|never|not|n't)\b", re.IGNORECASE)
 _JOINED = re.compile(r"/| & | and ", re.IGNORECASE)
 _SEPARATORS = frozenset(",;•●▪◦·|、،")
 _OPEN, _CLOSE = "([{", ")]}"
@@ -149,18 +150,17 @@ def ingredients_in_text(text: str, synonyms: Synonyms, wanted: Collection[str]) 
 
 
 def _mentions(text: str, synonyms: Synonyms, wanted: Collection[str], longest: int = 5) -> list[str]:
-    words = re.findall(r"[\w'-]+", text)
+    """Wanted names in a text; what a sentence says the product is free of is not mentioned."""
     found: dict[str, None] = {}
-    at = 0
-    while at < len(words):
-        for size in range(min(longest, len(words) - at), 0, -1):
-            name = synonyms.find(" ".join(words[at : at + size]))
-            if name is not None and name in wanted:
-                found.setdefault(name)
-                at += size
-                break
-        else:
-            at += 1
+    for sentence in re.split(r"[.;!?\n]", text):
+        words = re.findall(r"[\w'-]+", sentence[: start.start()] if (start := _NOT.search(sentence)) else sentence)
+        at = 0
+        while at < len(words):
+            size, name = next(((size, name) for size in range(min(longest, len(words) - at), 0, -1)
+                               if (name := synonyms.find(" ".join(words[at : at + size]))) is not None), (1, None))
+            at += size
+            if name in wanted and words[at : at + 1] != ["free"]:
+                found.setdefault(name or "")
     return list(found)
 
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator, model_validator
 
 from recsys_ray.artifacts import Artifact, Manifest, find_artifact, open_artifact, sha256_of, stage, write_text
-from recsys_ray.config import Config, fingerprint
+from recsys_ray.config import fingerprint
 from recsys_ray.evaluation.baselines import ORACLE, POPULARITY, oracle_values, popularity_ranks
 from recsys_ray.evaluation.gate import GateConfig, decide, require
 from recsys_ray.evaluation.judgments import (
@@ -44,6 +44,7 @@ from recsys_ray.evaluation.significance import (
     mean_intervals,
     worst_decile,
 )
+from recsys_ray.evaluation.tasks import EvaluationConfig
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +54,10 @@ SYSTEM_NAME = re.compile(r"[A-Za-z0-9_-]{1,40}")   # they become file names
 Values = dict[str, npt.NDArray[np.float64]]     # system -> (queries, metrics)
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(EvaluationConfig):
     """What to score, by which metrics, against which baseline."""
 
+    task: Literal["retrieval"] = "retrieval"
     name: str
     output: Path
     systems: dict[str, Path] = Field(default_factory=dict)      # name -> root of its candidates artefact
@@ -153,7 +155,7 @@ def _prepared_root(config: EvaluateConfig) -> Path | None:
 
 def _identity(config: EvaluateConfig, parents: Mapping[str, Manifest]) -> str:
     files = {str(path): sha256_of(path) for path in _input_files(config) if path.is_file()}
-    settings = config.model_dump(mode="json", exclude={"output", "flow", "required"})
+    settings = config.model_dump(mode="json", exclude={"output", "flow", "required", "task"})
     inputs = {name: parent.fingerprint for name, parent in parents.items()}
     return fingerprint({"config": settings, "files": files, "parents": inputs, "code": CODE_VERSION})
 

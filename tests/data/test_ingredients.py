@@ -101,6 +101,8 @@ def test_ingredients_found_in_a_description() -> None:
     listed = ingredients_in_text("Soft. Ingredients: AQUA/WATER/EAU, GLYCERIN, CARBOMER", BOOK.synonyms, frozenset())
     assert listed is not None
     assert names(listed) == ["aqua", "glycerin", "carbomer"]
+    free = "Sulfur-free. With cetyl alcohol and squalane, without mineral oil or retinol. No menthol. Caffeine!"
+    assert ingredients_in_text(free, BOOK.synonyms, BOOK.active_names) == "squalane, caffeine"
     assert ingredients_in_text("Ingredients: made from natural resin mainly", BOOK.synonyms, frozenset()) is None
 
 

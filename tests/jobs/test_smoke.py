@@ -293,6 +293,15 @@ def test_explain_concerns() -> None:
     assert manifest("concern-explanations", "concern_explanations").facts["products"] == 3
 
 
+def test_evaluate_concerns() -> None:
+    """Baselines alone here; the scores of a trained model are evaluated where it is trained."""
+    assert run_job("label_concerns") == 0       # made already, unless this test runs alone
+    assert run_job("evaluate", "samples=100", "systems={}", config="concerns") == 0
+    evaluation = manifest("evaluation/concerns", "concern_evaluation")
+    assert evaluation.facts["systems"] == ["majority", "fuzzy", "ingredients"]
+    assert evaluation.parents["labels"] == manifest("concern-labels", "concern_labels").reference
+
+
 def test_realism_card() -> None:
     assert run_job("realism_card", "sample=50") == 0
     assert json.loads((DEMO / "realism.json").read_text())
