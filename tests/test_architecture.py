@@ -18,7 +18,7 @@ RAY_MODULES = {  # everything else is a pure function on Arrow, numpy or torch
     "data/extract_keywords.py", "data/reranker_data.py", "retrieval/embed.py", "retrieval/index_build.py",
     "retrieval/batch.py", "retrieval/mining.py", "ranking/gbdt_workers.py", "serving/app.py", "serving/deployments.py",
     "serving/measures.py", "training/launch.py",
-    "training/pair_passes.py", "training/sweep.py", "ranking/concern_scores.py",
+    "training/pair_passes.py", "training/sweep.py", "piecework.py",
 }
 JUNK_DRAWERS = {"utils", "util", "common", "helpers", "helper", "misc", "core", "base"}
 HEAVY = {"torch", "faiss", "ray", "sentence_transformers", "transformers", "matplotlib", "openvino"}

@@ -20,7 +20,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
-import ray
 from pydantic import Field
 
 from recsys_ray import runtime
@@ -29,13 +28,11 @@ from recsys_ray.artifacts import (
     Artifact,
     FileEntry,
     Staging,
-    check_file,
     find_artifact,
     open_artifact,
     stage,
     sweep_staging,
     write_table,
-    write_text,
 )
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.sources.blocks import Piece, Recipe, pieces_of, read_piece
@@ -44,6 +41,7 @@ from recsys_ray.data.sources.plan import file_states, recipes
 from recsys_ray.models.bt_bert import KIND as MODEL_KIND
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer, bt_bert_identity
 from recsys_ray.models.sentence_layout import find_model
+from recsys_ray.piecework import finished_piece, numbers, one_thread, piece_file, run_pieces, write_piece
 from recsys_ray.runtime import RayConfig
 from recsys_ray.schema import QUARANTINE
 
@@ -51,10 +49,8 @@ log = logging.getLogger(__name__)
 
 KIND = "concern_scores"
 STAGE_VERSION = 1       # raise it when the same inputs would give other probabilities
-ACTOR_CPUS = 0.9        # below 1, so that a pool as large as the machine leaves room for other tasks
-ACTOR_RESTARTS = 3      # a row that kills its process must end the run one day
 PIECE_BYTES = 4 << 20   # of a file that one actor scores at a time: some thousands of products
-CSV = "bt_bert_outputs.csv"
+FOLDER, ASIDE, CSV = "scores", "set_aside", "bt_bert_outputs.csv"
 NO_INGREDIENTS, NOTHING = "no ingredients", "neither ingredients nor a title"
 
 
@@ -113,13 +109,11 @@ def score_concerns(config: ScoreConcernsConfig) -> Artifact:
 
 
 def _run(config: ScoreConcernsConfig, job: _Job, staging: Staging, identity: dict[str, Any]) -> Artifact:
-    todo = [number for number in range(len(job.work)) if _finished(staging.path, number) is None]
-    log.info("%d pieces of %s, %d found finished", len(job.work), config.products.path, len(job.work) - len(todo))
-    if todo:
-        _score(config, job, todo)
-    made = [_described(staging.path, number) for number in range(len(job.work))]
+    made = run_pieces(_PieceScorer, job, len(job.work), staging.path, FOLDER, gpu=config.model.device != "cpu",
+                      workers=config.workers)
     quarantine = pa.concat_tables([QUARANTINE.empty_table(), *(
-        pq.read_table(staging.path / _set_aside(number), schema=QUARANTINE) for number in range(len(job.work)))])
+        pq.read_table(staging.path / piece_file(ASIDE, number), schema=QUARANTINE)
+        for number in range(len(job.work)))])
     rows = _write_csv(staging.path, made)
     if not rows:
         raise ValueError(f"{config.products.path}: no row could be read; the first reason: "
@@ -131,48 +125,30 @@ def _run(config: ScoreConcernsConfig, job: _Job, staging: Staging, identity: dic
     return staging.commit(files, config=config, facts=facts)
 
 
-def _score(config: ScoreConcernsConfig, job: _Job, todo: list[int]) -> None:
-    ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = ACTOR_RESTARTS
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    gpus = int(config.model.device != "cpu" and resources.get("GPU", 0) >= 1)
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
-    cores = int(resources.get("GPU" if gpus else "CPU", 1)) if nodes > 1 or gpus else (os.cpu_count() or 1)
-    finished = ray.data.from_items([{"piece": number} for number in todo], override_num_blocks=len(todo)).map_batches(
-        _PieceScorer, fn_constructor_args=(job,), batch_size=1, batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=min(config.workers or max(1, cores), len(todo))), num_cpus=ACTOR_CPUS,
-        num_gpus=gpus, max_restarts=ACTOR_RESTARTS, max_task_retries=ACTOR_RESTARTS)
-    for done, _ in enumerate(finished.iter_rows(), start=1):
-        log.info("scored %d of %d pieces", done, len(todo))
-
-
 class _PieceScorer:
     """The actor: a loaded model that turns the number of a piece into a file."""
 
     def __init__(self, job: _Job) -> None:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one thread a worker: workers are the parallelism
-        import torch
-
-        torch.set_num_threads(1)
+        one_thread()
         self.job = job
         self.scorer = BtBertScorer(BtBertConfig.model_validate(job.model))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for number in batch["piece"]:
-            self._score(int(number))
+        for number in numbers(batch):
+            self._score(number)
         return {"piece": np.asarray(batch["piece"])}
 
     def _score(self, number: int) -> None:
         staging = Path(self.job.staging)
-        if _finished(staging, number) is not None:  # finished by an actor that died before it could say so
+        if finished_piece(staging, FOLDER, number) is not None:     # by an actor that died before it could say so
             return
         scored, set_aside = [score_schema(self.scorer).empty_table()], [QUARANTINE.empty_table()]
         for block in read_piece(*self.job.work[number]):
             bad = pc.is_valid(block["_error"])
             set_aside.append(_quarantined(block.filter(bad)))
             scored.append(score_products(self.scorer, block.filter(pc.invert(bad))))
-        write_table(staging, _set_aside(number), pa.concat_tables(set_aside))
-        entry = write_table(staging, _name(number), pa.concat_tables(scored))
-        write_text((staging / entry.path).with_suffix(".json"), entry.model_dump_json())
+        write_table(staging, piece_file(ASIDE, number), pa.concat_tables(set_aside))
+        write_piece(staging, FOLDER, number, pa.concat_tables(scored))
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -224,26 +200,3 @@ def _tables(staging: Path, parts: list[FileEntry]) -> Iterator[pa.Table]:
     for entry in parts:
         with pq.ParquetFile(staging / entry.path, page_checksum_verification=True) as file:
             yield file.read()
-
-
-# --- files ----------------------------------------------------------------------------------------
-def _name(number: int) -> str:
-    return f"scores/part-{number:05d}.parquet"
-
-
-def _set_aside(number: int) -> str:
-    return f"set_aside/part-{number:05d}.parquet"
-
-
-def _described(staging: Path, number: int) -> FileEntry:
-    return FileEntry.model_validate_json((staging / _name(number)).with_suffix(".json").read_bytes())
-
-
-def _finished(staging: Path, number: int) -> FileEntry | None:
-    """The entry of a file that is whole and as it was written, else None."""
-    try:
-        entry = _described(staging, number)
-        check_file(staging / entry.path, entry)
-    except (OSError, ValueError):
-        return None
-    return entry

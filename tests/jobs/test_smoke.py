@@ -302,6 +302,11 @@ def test_evaluate_concerns() -> None:
     assert evaluation.parents["labels"] == manifest("concern-labels", "concern_labels").reference
 
 
+def test_embed_images() -> None:
+    assert run_job("embed_images", "workers=1", "encoder.device=cpu") == 0
+    assert manifest("image-vectors", "image_vectors").facts["rows"] == 5
+
+
 def test_realism_card() -> None:
     assert run_job("realism_card", "sample=50") == 0
     assert json.loads((DEMO / "realism.json").read_text())

@@ -1,0 +1,95 @@
+"""Numbered pieces of work on a pool of actors: each piece becomes one file, and a rerun does only what is missing.
+
+A worker is a class with `__init__(job)` and `__call__(batch)`, where `batch["piece"]` are numbers; for each number it
+calls `write_piece` last, so a piece that is described is whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from recsys_ray.artifacts import FileEntry, check_file, write_table, write_text
+
+log = logging.getLogger(__name__)
+
+ACTOR_CPUS = 0.9        # below 1, so that a pool as large as the machine leaves room for other tasks
+ACTOR_RESTARTS = 3      # a row that kills its process must end the run one day
+
+
+def piece_file(folder: str, number: int) -> str:
+    """The name of a piece's file."""
+    return f"{folder}/part-{number:05d}.parquet"
+
+
+def write_piece(staging: Path, folder: str, number: int, table: pa.Table) -> FileEntry:
+    """Write a piece's file and then what describes it."""
+    entry = write_table(staging, piece_file(folder, number), table)
+    write_text((staging / entry.path).with_suffix(".json"), entry.model_dump_json())
+    return entry
+
+
+def described_piece(staging: Path, folder: str, number: int) -> FileEntry:
+    """The entry of a piece that has been written."""
+    described = (staging / piece_file(folder, number)).with_suffix(".json")
+    return FileEntry.model_validate_json(described.read_bytes())
+
+
+def finished_piece(staging: Path, folder: str, number: int) -> FileEntry | None:
+    """The entry of a piece whose file is whole and as it was written, else None."""
+    try:
+        entry = described_piece(staging, folder, number)
+        check_file(staging / entry.path, entry)
+    except (OSError, ValueError):
+        return None
+    return entry
+
+
+def run_pieces(worker: type, job: object, count: int, staging: Path, folder: str, *, gpu: bool, workers: int | None
+               ) -> list[FileEntry]:
+    """The entries of all pieces 0 to `count` - 1, the missing ones made by actors of `worker(job)`.
+
+    `gpu`: one a GPU where the cluster has some; else one a core, or `workers`.
+    """
+    todo = [number for number in range(count) if finished_piece(staging, folder, number) is None]
+    log.info("%s: %d pieces, %d found finished", folder, count, count - len(todo))
+    if todo:
+        ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = ACTOR_RESTARTS
+        gpus, size = _pool(gpu, workers, len(todo))
+        rows = [{"piece": number} for number in todo]
+        finished = ray.data.from_items(rows, override_num_blocks=len(todo)).map_batches(
+            worker, fn_constructor_args=(job,), batch_size=1, batch_format="numpy",
+            compute=ray.data.ActorPoolStrategy(size=size), num_cpus=ACTOR_CPUS, num_gpus=gpus,
+            max_restarts=ACTOR_RESTARTS, max_task_retries=ACTOR_RESTARTS)
+        for done, _ in enumerate(finished.iter_rows(), start=1):
+            log.info("%s: %d of %d pieces", folder, done, len(todo))
+    return [described_piece(staging, folder, number) for number in range(count)]
+
+
+def _pool(gpu: bool, workers: int | None, pieces: int) -> tuple[int, int]:
+    """(GPUs of an actor, actors)."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    gpus = int(gpu and resources.get("GPU", 0) >= 1)
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
+    # a local Ray declares more logical CPUs than there are cores; more actors than cores only cost memory
+    cores = int(resources.get("GPU" if gpus else "CPU", 1)) if nodes > 1 or gpus else (os.cpu_count() or 1)
+    return gpus, min(workers or max(1, cores), pieces)
+
+
+def one_thread() -> None:
+    """Give torch and tokenizers of this actor one thread: actors are the parallelism."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def numbers(batch: dict[str, Any]) -> Sequence[int]:
+    """The pieces a worker is asked for."""
+    return [int(one) for one in batch["piece"]]
