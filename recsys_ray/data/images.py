@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from pydantic import Field
 
 from recsys_ray.config import Config
 from recsys_ray.schema import IMAGE, QUARANTINE
+
+Pixels = npt.NDArray[np.uint8]      # (height, width, 3)
+Kept = TypeVar("Kept")
 
 
 class ImageLimits(Config):
@@ -34,7 +38,7 @@ class ImageError(ValueError):
     """An image that is not used; the message is the reason."""
 
 
-def decode_image(data: bytes, limits: ImageLimits | None = None) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes, limits: ImageLimits | None = None) -> Pixels:
     """Pixels, uint8 of shape (height, width, 3), the way up that the camera's EXIF says; first frame only.
 
     Transparency lies on white. Errors: `ImageError` for anything outside `limits`, for another
@@ -56,13 +60,17 @@ def decode_image(data: bytes, limits: ImageLimits | None = None) -> npt.NDArray[
         raise ImageError(f"does not decode: {type(error).__name__}: {str(error)[:120]}") from None
 
 
-def checked_images(raw: pa.Table, limits: ImageLimits | None = None) -> tuple[pa.Table, pa.Table]:
-    """`raw` (IMAGE, with or without `_error` and `_source`) -> (usable IMAGE rows, QUARANTINE rows).
+def decoded_images(raw: pa.Table, then: Callable[[Pixels], Kept], limits: ImageLimits | None = None
+                   ) -> tuple[pa.Table, list[Kept], pa.Table]:
+    """`raw` (IMAGE, with or without `_error` and `_source`) -> (usable IMAGE rows, what `then` made of the pixels of
+    each, QUARANTINE rows).
 
-    Width and height of usable rows are those of the upright image. Bytes are kept as they came.
+    Width and height of usable rows are those of the upright image. Bytes are kept as they came; the pixels of one image
+    are held at a time.
     """
     kept: list[int] = []
     sizes: list[tuple[int, int]] = []
+    made: list[Kept] = []
     refused: list[dict[str, Any]] = []
     columns = raw.column_names
     for at in range(raw.num_rows):
@@ -70,7 +78,7 @@ def checked_images(raw: pa.Table, limits: ImageLimits | None = None) -> tuple[pa
         try:
             if error:
                 raise ImageError(error)
-            height, width = decode_image(raw["data"][at].as_py() or b"", limits).shape[:2]
+            pixels = decode_image(raw["data"][at].as_py() or b"", limits)
         except ImageError as reason:
             facts = {name: raw[name][at].as_py() for name in IMAGE.names if name in columns and name != "data"}
             refused.append({
@@ -79,13 +87,14 @@ def checked_images(raw: pa.Table, limits: ImageLimits | None = None) -> tuple[pa
             })
         else:
             kept.append(at)
-            sizes.append((width, height))
+            sizes.append((pixels.shape[1], pixels.shape[0]))
+            made.append(then(pixels))
     usable = raw.take(pa.array(kept, pa.int64()))
     measured = {"width": [width for width, _ in sizes], "height": [height for _, height in sizes]}
     filled = [pa.array(measured[field.name], field.type) if field.name in measured
               else usable[field.name].cast(field.type) if field.name in columns else pa.nulls(len(kept), field.type)
               for field in IMAGE]
-    return pa.Table.from_arrays(filled, schema=IMAGE), pa.Table.from_pylist(refused, schema=QUARANTINE)
+    return pa.Table.from_arrays(filled, schema=IMAGE), made, pa.Table.from_pylist(refused, schema=QUARANTINE)
 
 
 def _check_size(width: int, height: int, limits: ImageLimits) -> None:
@@ -104,7 +113,7 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
+def _pixels(image: Image.Image) -> Pixels:
     if image.mode.startswith("I"):      # 16 bits a pixel: Pillow would clip them to white instead of scaling
         grey = (np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)

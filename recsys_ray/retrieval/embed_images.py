@@ -7,6 +7,7 @@ again. Vectors are stored with what the table says of a picture, so that trainin
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from recsys_ray import runtime
 from recsys_ray.artifacts import Artifact, ArtifactError, find_artifact, stage, sweep_staging, write_table
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.image_files import ImageTable, with_bytes
-from recsys_ray.data.images import checked_images, decode_image
+from recsys_ray.data.images import Pixels, decoded_images
 from recsys_ray.data.sources.blocks import Piece, Recipe, pieces_of, read_piece
 from recsys_ray.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from recsys_ray.piecework import finished_piece, numbers, one_thread, piece_file, run_pieces, write_piece
@@ -126,16 +127,16 @@ class _PieceEmbedder:
             return
         embedded, aside = [vector_schema(self.encoder.dimension).empty_table()], [QUARANTINE.empty_table()]
         for block in read_piece(*self.job.work[number]):
-            usable, refused = checked_images(with_bytes(block, self.images), self.images.limits)
-            embedded.append(embed_rows(usable, self.encoder, self.images))
+            usable, framed, refused = decoded_images(with_bytes(block, self.images), self.encoder.framing.frame,
+                                                     self.images.limits)
+            embedded.append(embed_rows(usable, framed, self.encoder))
             aside.append(refused)
         write_table(staging, piece_file(ASIDE, number), pa.concat_tables(aside))
         write_piece(staging, FOLDER, number, pa.concat_tables(embedded))
 
 
-def embed_rows(images: pa.Table, encoder: ImageEncoder, table: ImageTable) -> pa.Table:
-    """Usable IMAGE rows -> their vectors with what else is known of them, in their order."""
-    vectors_ND = encoder.encode_images([decode_image(data, table.limits) for data in images["data"].to_pylist()])
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(vectors_ND.reshape(-1)), encoder.dimension)
+def embed_rows(images: pa.Table, framed: Sequence[Pixels], encoder: ImageEncoder) -> pa.Table:
+    """IMAGE rows and their framed pixels -> their vectors with what else is known of them, in their order."""
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(encoder.encode_framed(framed).reshape(-1)), encoder.dimension)
     return pa.table({**{field.name: images[field.name] for field in FACTS}, "vector": vectors},
                     schema=vector_schema(encoder.dimension))

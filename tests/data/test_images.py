@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from recsys_ray.data.images import ImageError, ImageLimits, checked_images, decode_image
+from recsys_ray.data.images import ImageError, ImageLimits, decode_image, decoded_images
 from recsys_ray.schema import IMAGE, QUARANTINE
 
 
@@ -108,8 +108,9 @@ def test_a_table_is_divided_into_usable_and_refused() -> None:
                                                             pa.large_binary()),
         "_error": [None, None, "image_id is missing"], "_source": ["f:1", "f:2", "f:3"],
     })
-    kept, refused = checked_images(raw)
+    kept, shapes, refused = decoded_images(raw, lambda pixels: pixels.shape)
     assert kept.schema == IMAGE
+    assert shapes == [(10, 20, 3)]
     assert kept.select(["image_id", "width", "height"]).to_pylist() == [{"image_id": "good", "width": 20, "height": 10}]
     assert refused.schema == QUARANTINE
     assert refused["source"].to_pylist() == ["f:2", "f:3"]

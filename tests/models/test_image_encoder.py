@@ -78,7 +78,8 @@ def test_the_packaged_weights_classify(real_data: object) -> None:
     shoes = {"running shoe": 770, "loafer": 630, "clog": 502, "sandal": 774, "cowboy boot": 514, "sock": 806}
     framing = Framing(224, 0.875, HALF, HALF)
     rows = [row for row in table.to_pylist() if row["label"] == "Shoes"][:12]
-    batch = framing.batch([np.asarray(Image.open(io.BytesIO(row["jpeg"])).convert("RGB")) for row in rows])
+    batch = framing.batch([framing.frame(np.asarray(Image.open(io.BytesIO(row["jpeg"])).convert("RGB")))
+                           for row in rows])
     with torch.inference_mode():
         first = network(batch).topk(5).indices
     assert sum(any(int(one) in shoes.values() for one in row) for row in first) >= 8
@@ -90,7 +91,7 @@ def test_a_picture_is_framed_from_its_middle() -> None:
     framed = Framing(64, 1.0, HALF, HALF).frame(picture)
     assert framed.shape == (64, 64, 3)
     assert framed.min() > 200       # the dark sides are cut off
-    batch = Framing(64, 1.0, HALF, HALF).batch([picture])
+    batch = Framing(64, 1.0, HALF, HALF).batch([framed])
     assert batch.shape == (1, 3, 64, 64)
     assert float(batch.mean()) == pytest.approx(1.0, abs=0.05)
 
@@ -106,7 +107,8 @@ def test_open_clip_puts_texts_beside_pictures(clip_file: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
     theirs = open_clip.create_model(TINY, pretrained=str(clip_file)).eval()
     with torch.no_grad():
-        wanted = theirs.encode_image(encoder.framing.batch(some), normalize=True)
+        batch = encoder.framing.batch([encoder.framing.frame(one) for one in some])
+        wanted = theirs.encode_image(batch, normalize=True)
         words = theirs.encode_text(open_clip.get_tokenizer(TINY)(["a red dress", "shoes"]), normalize=True)
     np.testing.assert_allclose(found, wanted.numpy(), atol=1e-5)
     np.testing.assert_allclose(texts, words.numpy(), atol=1e-5)
