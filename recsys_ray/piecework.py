@@ -23,42 +23,42 @@ ACTOR_CPUS = 0.9        # below 1, so that a pool as large as the machine leaves
 ACTOR_RESTARTS = 3      # a row that kills its process must end the run one day
 
 
-def piece_file(folder: str, number: int) -> str:
-    """The name of a piece's file."""
-    return f"{folder}/part-{number:05d}.parquet"
+def piece_file(prefix: str, number: int) -> str:
+    """The name of a piece's file, e.g. `scores/part-00003.parquet` of the prefix `scores/part`."""
+    return f"{prefix}-{number:05d}.parquet"
 
 
-def write_piece(staging: Path, folder: str, number: int, table: pa.Table) -> FileEntry:
+def write_piece(staging: Path, prefix: str, number: int, table: pa.Table) -> FileEntry:
     """Write a piece's file and then what describes it."""
-    entry = write_table(staging, piece_file(folder, number), table)
+    entry = write_table(staging, piece_file(prefix, number), table)
     write_text((staging / entry.path).with_suffix(".json"), entry.model_dump_json())
     return entry
 
 
-def described_piece(staging: Path, folder: str, number: int) -> FileEntry:
+def described_piece(staging: Path, prefix: str, number: int) -> FileEntry:
     """The entry of a piece that has been written."""
-    described = (staging / piece_file(folder, number)).with_suffix(".json")
+    described = (staging / piece_file(prefix, number)).with_suffix(".json")
     return FileEntry.model_validate_json(described.read_bytes())
 
 
-def finished_piece(staging: Path, folder: str, number: int) -> FileEntry | None:
+def finished_piece(staging: Path, prefix: str, number: int) -> FileEntry | None:
     """The entry of a piece whose file is whole and as it was written, else None."""
     try:
-        entry = described_piece(staging, folder, number)
+        entry = described_piece(staging, prefix, number)
         check_file(staging / entry.path, entry)
     except (OSError, ValueError):
         return None
     return entry
 
 
-def run_pieces(worker: type, job: object, count: int, staging: Path, folder: str, *, gpu: bool, workers: int | None
+def run_pieces(worker: type, job: object, count: int, staging: Path, prefix: str, *, gpu: bool, workers: int | None
                ) -> list[FileEntry]:
     """The entries of all pieces 0 to `count` - 1, the missing ones made by actors of `worker(job)`.
 
     `gpu`: one a GPU where the cluster has some; else one a core, or `workers`.
     """
-    todo = [number for number in range(count) if finished_piece(staging, folder, number) is None]
-    log.info("%s: %d pieces, %d found finished", folder, count, count - len(todo))
+    todo = [number for number in range(count) if finished_piece(staging, prefix, number) is None]
+    log.info("%s: %d pieces, %d found finished", prefix, count, count - len(todo))
     if todo:
         ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = ACTOR_RESTARTS
         gpus, size = _pool(gpu, workers, len(todo))
@@ -68,8 +68,8 @@ def run_pieces(worker: type, job: object, count: int, staging: Path, folder: str
             compute=ray.data.ActorPoolStrategy(size=size), num_cpus=ACTOR_CPUS, num_gpus=gpus,
             max_restarts=ACTOR_RESTARTS, max_task_retries=ACTOR_RESTARTS)
         for done, _ in enumerate(finished.iter_rows(), start=1):
-            log.info("%s: %d of %d pieces", folder, done, len(todo))
-    return [described_piece(staging, folder, number) for number in range(count)]
+            log.info("%s: %d of %d pieces", prefix, done, len(todo))
+    return [described_piece(staging, prefix, number) for number in range(count)]
 
 
 def _pool(gpu: bool, workers: int | None, pieces: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 RAY_MODULES = {  # everything else is a pure function on Arrow, numpy or torch
     "runtime.py", "flow.py", "data/sources/readers.py", "data/pipeline.py", "data/training_pairs.py",
     "data/extract_keywords.py", "data/reranker_data.py", "retrieval/embed.py", "retrieval/index_build.py",
-    "retrieval/batch.py", "retrieval/mining.py", "ranking/gbdt_workers.py", "serving/app.py", "serving/deployments.py",
+    "retrieval/mining.py", "ranking/gbdt_workers.py", "serving/app.py", "serving/deployments.py",
     "serving/measures.py", "training/launch.py",
     "training/pair_passes.py", "training/sweep.py", "piecework.py",
 }

@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 KIND = "concern_scores"
 STAGE_VERSION = 1       # raise it when the same inputs would give other probabilities
 PIECE_BYTES = 4 << 20   # of a file that one actor scores at a time: some thousands of products
-FOLDER, ASIDE, CSV = "scores", "set_aside", "bt_bert_outputs.csv"
+SCORES, ASIDE, CSV = "scores/part", "set_aside/part", "bt_bert_outputs.csv"
 NO_INGREDIENTS, NOTHING = "no ingredients", "neither ingredients nor a title"
 
 
@@ -109,7 +109,7 @@ def score_concerns(config: ScoreConcernsConfig) -> Artifact:
 
 
 def _run(config: ScoreConcernsConfig, job: _Job, staging: Staging, identity: dict[str, Any]) -> Artifact:
-    made = run_pieces(_PieceScorer, job, len(job.work), staging.path, FOLDER, gpu=config.model.device != "cpu",
+    made = run_pieces(_PieceScorer, job, len(job.work), staging.path, SCORES, gpu=config.model.device != "cpu",
                       workers=config.workers)
     quarantine = pa.concat_tables([QUARANTINE.empty_table(), *(
         pq.read_table(staging.path / piece_file(ASIDE, number), schema=QUARANTINE)
@@ -140,7 +140,7 @@ class _PieceScorer:
 
     def _score(self, number: int) -> None:
         staging = Path(self.job.staging)
-        if finished_piece(staging, FOLDER, number) is not None:     # by an actor that died before it could say so
+        if finished_piece(staging, SCORES, number) is not None:     # by an actor that died before it could say so
             return
         scored, set_aside = [score_schema(self.scorer).empty_table()], [QUARANTINE.empty_table()]
         for block in read_piece(*self.job.work[number]):
@@ -148,7 +148,7 @@ class _PieceScorer:
             set_aside.append(_quarantined(block.filter(bad)))
             scored.append(score_products(self.scorer, block.filter(pc.invert(bad))))
         write_table(staging, piece_file(ASIDE, number), pa.concat_tables(set_aside))
-        write_piece(staging, FOLDER, number, pa.concat_tables(scored))
+        write_piece(staging, SCORES, number, pa.concat_tables(scored))
 
 
 # --- rows -----------------------------------------------------------------------------------------

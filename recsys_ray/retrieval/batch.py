@@ -10,33 +10,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import ray
 from pydantic import Field
 
 from recsys_ray import runtime
 from recsys_ray.artifacts import (
     Artifact,
-    FileEntry,
     Manifest,
     Staging,
-    check_file,
     find_artifact,
     open_artifact,
     stage,
     sweep_staging,
-    write_table,
-    write_text,
 )
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.text_encoder import TextEncoderConfig, encoder_identity
+from recsys_ray.piecework import finished_piece, numbers, one_thread, run_pieces, write_piece
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.lexical import LexicalConfig, LexicalStatistics
 from recsys_ray.retrieval.query_sets import (
@@ -56,8 +51,7 @@ log = logging.getLogger(__name__)
 
 KIND = "candidates"
 STAGE_VERSION = 1       # raise it when the same inputs would give other candidates
-ACTOR_CPUS = 0.9        # below 1, so that a pool as large as the machine leaves room for other tasks
-ACTOR_RESTARTS = 3      # a query that kills its process must end the run one day
+CANDIDATES = "candidates"       # of the files' names
 
 
 class RetrieveConfig(Config):
@@ -124,35 +118,14 @@ def _run(config: RetrieveConfig, index: Artifact, identity: dict[str, Any] | Non
                _resolved(config.encoder).model_dump(mode="json"), config.retriever.model_dump(mode="json"),
                config.filters.model_dump(mode="json"), config.top_k, config.queries_per_file)
     count = query_set.queries.num_rows
-    chunks = range(-(-count // config.queries_per_file))
-    todo = [chunk for chunk in chunks if _finished(staging.path, chunk) is None]
-    log.info("%d queries (%d skipped) in %d files, %d of them found finished", count, query_set.skipped,
-             len(chunks), len(chunks) - len(todo))
-    _retrieve(config, job, todo)
-    candidates = [_described(staging.path, chunk) for chunk in chunks]
+    chunks = -(-count // config.queries_per_file)
+    log.info("%d queries (%d skipped)", count, query_set.skipped)
+    candidates = run_pieces(_ChunkRetriever, job, chunks, staging.path, CANDIDATES, gpu=False, workers=config.workers)
     facts = {
         "mode": config.retriever.mode, "encoder": identity, "fusion": config.retriever.fusion.model_dump(mode="json"),
         "top_k": config.top_k, "queries": count, "skipped": query_set.skipped,
         "candidates": sum(entry.rows or 0 for entry in candidates)}
     return staging.commit([*files, *candidates], config=config, parents=parents, facts=facts)
-
-
-def _name(chunk: int) -> str:
-    return f"candidates-{chunk:05d}.parquet"
-
-
-def _described(staging: Path, chunk: int) -> FileEntry:
-    return FileEntry.model_validate_json((staging / _name(chunk)).with_suffix(".json").read_bytes())
-
-
-def _finished(staging: Path, chunk: int) -> FileEntry | None:
-    """The entry of a file that is whole and as it was written, else None."""
-    try:
-        entry = _described(staging, chunk)
-        check_file(staging / entry.path, entry)
-    except (OSError, ValueError):
-        return None
-    return entry
 
 
 def _digest(query_set: QuerySet) -> str:
@@ -183,26 +156,6 @@ def _query_set(config: RetrieveConfig, index: Artifact) -> tuple[QuerySet, dict[
 
 
 # --- work -----------------------------------------------------------------------------------------
-def _retrieve(config: RetrieveConfig, job: _Job, chunks: list[int]) -> None:
-    if not chunks:
-        return
-    ray.data.DataContext.get_current().max_consecutive_actor_init_deaths = ACTOR_RESTARTS
-    workers = min(config.workers or _cores(), len(chunks))
-    finished = ray.data.from_items([{"chunk": chunk} for chunk in chunks], override_num_blocks=len(chunks)).map_batches(
-        _ChunkRetriever, fn_constructor_args=(job,), batch_size=1, batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=workers), num_cpus=ACTOR_CPUS,
-        max_restarts=ACTOR_RESTARTS, max_task_retries=ACTOR_RESTARTS)
-    for done, _ in enumerate(finished.iter_rows(), start=1):
-        log.info("retrieved %d of %d files", done, len(chunks))
-
-
-def _cores() -> int:
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())  # type: ignore[no-untyped-call]
-    if nodes > 1:
-        return max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
-    return os.cpu_count() or 1  # a local Ray declares more logical CPUs than there are cores
-
-
 class _ChunkRetriever:
     """The actor: an open index and, unless BM25 is enough, a loaded encoder."""
 
@@ -215,27 +168,23 @@ class _ChunkRetriever:
         self.queries = pq.read_table(Path(job.staging) / "queries.parquet", columns=["query_id", "query"])
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for chunk in batch["chunk"]:
-            self._retrieve(int(chunk))
-        return {"chunk": np.asarray(batch["chunk"])}
+        for number in numbers(batch):
+            self._retrieve(number)
+        return {"piece": np.asarray(batch["piece"])}
 
-    def _retrieve(self, chunk: int) -> None:
+    def _retrieve(self, number: int) -> None:
         staging = Path(self.job.staging)
-        if _finished(staging, chunk) is not None:  # finished by an actor that died before it could say so
+        if finished_piece(staging, CANDIDATES, number) is not None:     # by an actor that died before it could say so
             return
-        rows = self.queries.slice(chunk * self.job.queries_per_file, self.job.queries_per_file)
-        entry = write_table(staging, _name(chunk), self.retriever.retrieve(
+        rows = self.queries.slice(number * self.job.queries_per_file, self.job.queries_per_file)
+        write_piece(staging, CANDIDATES, number, self.retriever.retrieve(
             rows["query_id"].to_pylist(), rows["query"].to_pylist(), self.job.top_k, self.filters))
-        write_text((staging / entry.path).with_suffix(".json"), entry.model_dump_json())
 
 
 def _load_encoder(job: _Job) -> Any:
     if job.identity is None:
         return None
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-
-    torch.set_num_threads(1)  # workers are the parallelism
+    one_thread()
     encoder = build_text_encoder(TextEncoderConfig.model_validate(job.encoder))
     if encoder.identity != job.identity:
         raise QuerySetError(f"{job.encoder['model']}: this node has another encoder than the driver; "

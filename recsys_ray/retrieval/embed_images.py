@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 KIND = "image_vectors"
 STAGE_VERSION = 1       # raise it when the same inputs would give other vectors
-FOLDER, ASIDE = "vectors", "set_aside"
+VECTORS, ASIDE = "vectors/part", "set_aside/part"
 PIECE_BYTES = 8 << 20   # of a table that holds its pictures; one of places is a piece of its own
 FACTS = [field for field in IMAGE if field.name != "data"]
 
@@ -85,7 +85,7 @@ def embed_images(config: EmbedImagesConfig) -> Artifact:
         sweep_staging(config.output.resolve(), key)
         job = _Job(work, str(staging.path), images.model_dump(mode="json"), encoder.model_dump(mode="json"),
                    loaded.identity)
-        made = run_pieces(_PieceEmbedder, job, len(work), staging.path, FOLDER, gpu=encoder.device != "cpu",
+        made = run_pieces(_PieceEmbedder, job, len(work), staging.path, VECTORS, gpu=encoder.device != "cpu",
                           workers=config.workers)
         quarantine = pa.concat_tables([QUARANTINE.empty_table(), *(
             pq.read_table(staging.path / piece_file(ASIDE, number), schema=QUARANTINE)
@@ -123,7 +123,7 @@ class _PieceEmbedder:
 
     def _embed(self, number: int) -> None:
         staging = Path(self.job.staging)
-        if finished_piece(staging, FOLDER, number) is not None:     # by an actor that died before it could say so
+        if finished_piece(staging, VECTORS, number) is not None:     # by an actor that died before it could say so
             return
         embedded, aside = [vector_schema(self.encoder.dimension).empty_table()], [QUARANTINE.empty_table()]
         for block in read_piece(*self.job.work[number]):
@@ -132,7 +132,7 @@ class _PieceEmbedder:
             embedded.append(embed_rows(usable, framed, self.encoder))
             aside.append(refused)
         write_table(staging, piece_file(ASIDE, number), pa.concat_tables(aside))
-        write_piece(staging, FOLDER, number, pa.concat_tables(embedded))
+        write_piece(staging, VECTORS, number, pa.concat_tables(embedded))
 
 
 def embed_rows(images: pa.Table, framed: Sequence[Pixels], encoder: ImageEncoder) -> pa.Table:
