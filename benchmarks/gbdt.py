@@ -133,13 +133,15 @@ def cell_file(config: JobConfig, name: str) -> Path:
 
 
 def is_made(config: JobConfig, name: str) -> bool:
-    """Whether the cell is there and current; the lists themselves must be there while trees are still to be grown."""
+    """Whether the cell is there and current, with what it left below `work`, unless all that needs that is made too."""
     shop, stage = name.split("/")
+    work = config.work / shop
     if not is_current(cell_file(config, name), _identity(config, shop, stage)):
         return False
-    if stage != LISTS or all((config.work / shop / f"{split}.npz").is_file() for split in SPLITS):
-        return True
-    return all(is_made(config, f"{shop}/{variant}") for variant in config.variants(shop))
+    if stage == CROSS:
+        return (work / "cross-encoder" / "CURRENT").is_file() or is_made(config, f"{shop}/{LISTS}")
+    return stage != LISTS or all((work / f"{split}.npz").is_file() for split in SPLITS) or all(
+        is_made(config, f"{shop}/{variant}") for variant in config.variants(shop))
 
 
 def _identity(config: JobConfig, shop: str, stage: str) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def _flow(config: JobConfig, shop: str) -> FlowConfig:
 def _ready(config: JobConfig, shop: str) -> None:
     """The shop with its index, and the lists that its cross-encoder learns from."""
     flow, work = _flow(config, shop), config.work / shop
-    with connected(RayConfig()):
+    with connected(RayConfig(no_progress_timeout_s=900)):
         assert flow.shop is not None
         make_demo_shop(flow.shop)
         ensure_index(flow)

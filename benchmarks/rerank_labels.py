@@ -29,7 +29,7 @@ from rerank_pool import Pool, asked_of, judged_lists, load_pools, make_pools, sa
 from rerank_table import summary
 from retriever_ranks import Catalogue, read_catalogue
 
-from recsys_ray.artifacts import open_artifact, stage
+from recsys_ray.artifacts import find_artifact, open_artifact, stage
 from recsys_ray.config import Config, fingerprint, main
 from recsys_ray.data.judged_pairs import query_folds
 from recsys_ray.data.negatives import NegativesConfig
@@ -170,7 +170,7 @@ def _make_cell(config: JobConfig, name: str) -> None:
 def _ready(config: JobConfig) -> None:
     """The catalogue with its index, and the lists made of its products."""
     prepared, work = config.flow.prepare.output, config.work
-    with connected(RayConfig()):
+    with connected(RayConfig(no_progress_timeout_s=900)):
         ensure_index(config.flow)
         make_pairs(MakePairsConfig.model_validate({**config.pairs.model_dump(), "prepared": prepared,
                                                    "output": work / "pairs"}))
@@ -227,9 +227,10 @@ def _cross(config: JobConfig, fold: int, stage_name: str, catalogue: Catalogue, 
     tables = judged_lists(pools, halves[half], gains, catalogue, config.mined, config.seed,
                           [one for one in parts if parts[one] == 0])
     key = fingerprint([sorted(halves[half]), config.mined, config.seed, config.depth])
-    with stage(work / "lists", "reranker_pairs", key) as staging:
-        staging.commit([staging.write_table(f"pairs/{split}/lists.parquet", table)
-                        for split, table in tables.items()], config=config)
+    if find_artifact(work / "lists", "reranker_pairs", key) is None:
+        with stage(work / "lists", "reranker_pairs", key) as staging:
+            staging.commit([staging.write_table(f"pairs/{split}/lists.parquet", table)
+                            for split, table in tables.items()], config=config)
     start = open_artifact(config.work / "start", "cross_encoder").path / "cross_encoder"
     facts = _train(config, work / "model", work / "lists", str(start), merged(config.finetune, config.judged),
                    config.cpu_seconds)

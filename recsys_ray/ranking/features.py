@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from recsys_ray.ranking.text_match import QueryWords, Words, named, price_limit, words
+from recsys_ray.ranking.text_match import QueryWords, named, price_limit, words
 from recsys_ray.retrieval.segments import STATISTICS
 
 Floats = npt.NDArray[np.float32]
@@ -28,7 +28,8 @@ DAY_MS = 86_400_000
 RRF_CONSTANT = 60
 HEAD = 10               # "among the first": a retriever's ten best
 PRIOR_REVIEWS = 5.0     # weight of the candidates' mean in a smoothed rating
-FEATURE_COLUMNS = ("row_id", "title", "brand", "color", "category", "text", "price_cents", *STATISTICS)
+FIELDS = ("title", "brand", "color", "category", "text")
+FEATURE_COLUMNS = ("row_id", *FIELDS, "price_cents", *STATISTICS)
 SCORES = ("dense", "lexical", "sparse", "multi")    # by which a retriever ranks; `fused` is what became of them
 MATCHING = ("lexical", "sparse")                    # of these, 0 says that nothing matched
 
@@ -108,35 +109,22 @@ def feature_table(query: str, candidates: Candidates, cross: Floats | None = Non
 
 
 # --- words ----------------------------------------------------------------------------------------
-def _words_of(rows: pa.Table, name: str) -> list[Words]:
-    return [words(one or "") for one in rows[name].to_pylist()]
-
-
 def _text_features(query: str, candidates: Candidates) -> dict[str, Floats]:
-    title, brand, color, category, text = (_words_of(candidates.rows, name)
-                                           for name in ("title", "brand", "color", "category", "text"))
-    every = [title, brand, color, category, text]
-    asked = QueryWords(query, every)
-    anywhere = [Words((), frozenset().union(*(one.known for one in parts))) for parts in zip(*every, strict=True)]
+    fields = {name: [words(one or "") for one in candidates.rows[name].to_pylist()] for name in FIELDS}
+    asked = QueryWords(query, fields)
     found: dict[str, Floats] = {
-        "query_words": np.array([len(asked)], np.float32),
-        "query_rarity": np.array([asked.total_rarity], np.float32),
-        "title_said": asked.said(title), "title_first": asked.first(title), "text_first": asked.first(text),
-        "title_order": asked.order(title), "text_order": asked.order(text),
-        "title_words": _lengths(title), "text_words": _lengths(text),
-        "brand_coverage": asked.coverage(brand), "category_coverage": asked.coverage(category),
-        "number_coverage": asked.numbers(every),
+        "query_words": np.array([len(asked.listed)], np.float32), "query_rarity": np.array([asked.rarity], np.float32),
+        "title_said": asked.said("title"), "number_coverage": asked.numbers(),
+        "brand_coverage": asked.coverage("brand"), "category_coverage": asked.coverage("category"),
     }
-    for name, field in (("title", title), ("text", text), ("any", anywhere)):
-        found[f"{name}_coverage"] = asked.coverage(field)
-        found[f"{name}_rare_coverage"] = asked.rare_coverage(field)
-    for name, field in (("brand", brand), ("color", color), ("category", category)):
-        found[f"{name}_named"], found[f"{name}_conflict"] = named(asked.said(field))
+    for name in ("title", "text"):
+        found |= {f"{name}_order": asked.order(name), f"{name}_first": asked.first(name),
+                  f"{name}_words": np.array([len(one.listed) for one in fields[name]], np.float32)}
+    for name in ("title", "text", "any"):
+        found |= {f"{name}_coverage": asked.coverage(name), f"{name}_rare_coverage": asked.rare_coverage(name)}
+    for name in ("brand", "color", "category"):
+        found[f"{name}_named"], found[f"{name}_conflict"] = named(asked.said(name))
     return found
-
-
-def _lengths(field: list[Words]) -> Floats:
-    return np.array([len(one.listed) for one in field], np.float32)
 
 
 # --- scores ---------------------------------------------------------------------------------------

@@ -58,59 +58,56 @@ def price_limit(query: str) -> float:
 
 
 class QueryWords:
-    """The different words of a query, in order, and how rare each is among its candidates."""
+    """The different words of a query and where the C candidates have them; fields by name, and `any` of them."""
 
-    def __init__(self, query: str, fields: Sequence[Sequence[Words]]) -> None:
-        """`fields` hold, field by field, the words of each candidate."""
+    def __init__(self, query: str, fields: Mapping[str, Sequence[Words]]) -> None:
         self.listed = tuple(dict.fromkeys(words(query).listed))
-        self.known = frozenset(self.listed)
-        count = len(fields[0]) if fields else 0
-        seen: Counter[str] = Counter()
-        for candidate in zip(*fields, strict=True):
-            seen.update(self.known & frozenset().union(*(one.known for one in candidate)))
-        rarity = {word: float(np.log(1 + (count - seen[word] + 0.5) / (seen[word] + 0.5))) for word in self.listed}
-        self.rarity: Mapping[str, float] = rarity
-        self.total_rarity = sum(rarity.values())
-        self.next_word = dict(zip(self.listed, self.listed[1:], strict=False))
+        known = frozenset(self.listed)
+        self._fields = fields
+        self._hits = {name: [known & one.known for one in field] for name, field in fields.items()}
+        self._hits["any"] = [frozenset[str]().union(*parts) for parts in zip(*self._hits.values(), strict=True)]
+        count, seen = len(self._hits["any"]), Counter(word for one in self._hits["any"] for word in one)
+        self._rarity = {word: float(np.log(1 + (count - seen[word] + 0.5) / (seen[word] + 0.5)))
+                        for word in self.listed}      # inverse document frequency among the candidates
+        self._next = dict(zip(self.listed, self.listed[1:], strict=False))
 
-    def __len__(self) -> int:
-        return len(self.listed)
+    @property
+    def rarity(self) -> float:
+        """How rare the words are among the candidates, all together."""
+        return sum(self._rarity.values())
 
-    def coverage(self, field: Sequence[Words]) -> Floats:
+    def coverage(self, name: str) -> Floats:
         """Share of the query's words that the field has."""
-        return _shares([len(self.known & one.known) for one in field], [len(self)] * len(field))
+        return _shares([len(one) for one in self._hits[name]], len(self.listed))
 
-    def rare_coverage(self, field: Sequence[Words]) -> Floats:
-        """The same, a word weighing what its inverse document frequency among the candidates is."""
-        return _shares([sum(self.rarity[word] for word in self.known & one.known) for one in field],
-                       [self.total_rarity] * len(field))
+    def rare_coverage(self, name: str) -> Floats:
+        """The same, a word weighing what its rarity is."""
+        return _shares([sum(self._rarity[word] for word in one) for one in self._hits[name]], self.rarity)
 
-    def said(self, field: Sequence[Words]) -> Floats:
+    def said(self, name: str) -> Floats:
         """Share of the field's different words that the query has."""
-        return _shares([len(self.known & one.known) for one in field], [len(one.known) for one in field])
+        return _shares([len(one) for one in self._hits[name]], [len(one.known) for one in self._fields[name]])
 
-    def order(self, field: Sequence[Words]) -> Floats:
+    def order(self, name: str) -> Floats:
         """Share of the query's neighbouring words that are neighbours in the field, in the same order."""
-        return _shares([self._pairs(one) for one in field], [len(self) - 1] * len(field))
-
-    def first(self, field: Sequence[Words]) -> Floats:
-        """How far into the field the first of the query's words stands: 0 at its begin, 1 when it has none."""
-        return _shares([next((place for place, word in enumerate(one.listed) if word in self.known), len(one.listed))
-                        if self.known & one.known else len(one.listed) for one in field],
-                       [len(one.listed) for one in field])
+        return _shares([self._pairs(one) if len(hit) > 1 else 0
+                        for one, hit in zip(self._fields[name], self._hits[name], strict=True)], len(self.listed) - 1)
 
     def _pairs(self, one: Words) -> int:
-        if len(self.known & one.known) < 2:
-            return 0
-        following = self.next_word
+        following = self._next
         return len({word for word, after in zip(one.listed, one.listed[1:], strict=False)
                     if following.get(word) == after})
 
-    def numbers(self, fields: Sequence[Sequence[Words]]) -> Floats:
+    def first(self, name: str) -> Floats:
+        """How far into the field the first of the query's words stands: 0 at its begin, 1 when it has none."""
+        return _shares([next(place for place, word in enumerate(one.listed) if word in hit) if hit else len(one.listed)
+                        for one, hit in zip(self._fields[name], self._hits[name], strict=True)],
+                       [len(one.listed) for one in self._fields[name]])
+
+    def numbers(self) -> Floats:
         """Share of the query's words with a digit (sizes, models) that some field has."""
         wanted = frozenset(word for word in self.listed if any(letter.isdigit() for letter in word))
-        return _shares([len(wanted & frozenset().union(*(one.known for one in candidate)))
-                        for candidate in zip(*fields, strict=True)], [len(wanted)] * len(fields[0]))
+        return _shares([len(wanted & one) for one in self._hits["any"]], len(wanted))
 
 
 def named(said: Floats) -> tuple[Floats, Floats]:
@@ -124,7 +121,7 @@ def named(said: Floats) -> tuple[Floats, Floats]:
             np.where(np.isnan(said), np.nan, conflict).astype(np.float32))
 
 
-def _shares(parts: Sequence[float], wholes: Sequence[float]) -> Floats:
-    part, whole = np.array(parts, dtype=np.float64), np.array(wholes, dtype=np.float64)
+def _shares(parts: Sequence[float], wholes: Sequence[float] | float) -> Floats:
+    part, whole = np.array(parts, dtype=np.float64), np.broadcast_to(np.asarray(wholes, dtype=np.float64), len(parts))
     found: Floats = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0).astype(np.float32)
     return found
