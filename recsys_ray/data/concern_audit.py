@@ -16,7 +16,7 @@ from recsys_ray.data.splits import SPLITS
 
 EXAMPLES = 4            # of each concern
 CONFLICTS = 25          # shown; all are counted
-SHOWN_CHARS = 220       # of an ingredient list
+SHOWN_CHARS = 500       # of an ingredient list
 Row = dict[str, Any]
 
 

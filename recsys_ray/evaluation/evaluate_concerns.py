@@ -164,6 +164,10 @@ def _truth(config: EvaluateConcernsConfig, asked: pa.Table, concerns: tuple[str,
     if config.truth is None:
         raise LabelError("no truth is given")
     given = read_given(config.truth)
+    unknown = set(asked["product_id"].to_pylist()) - {product for product, _ in given}
+    if unknown:
+        log.warning("%s says nothing of %d of %d products, e.g. %s: they are not counted", config.truth.path,
+                    len(unknown), asked.num_rows, min(unknown))
     rows = pa.table({"product_id": [product for product, _ in given], "concern": [concern for _, concern in given],
                      "label": [label for label, _ in given.values()]})
     return sheet_of_table(asked, rows, concerns)
