@@ -8,8 +8,8 @@ JOB = $(RUN) jobs/$(1).py --config configs/$(1)/$(2).yaml
 
 .DEFAULT_GOAL := help
 .PHONY: help demo serve shop report test test-unit test-ray lint types bench-embed bench-index bench-scale bench-train \
-        bench-real bench-finetuned bench-gbdt bench-rerank bench-transfer exactness chaos realism results cluster-up \
-        cluster-down clean
+        bench-real bench-finetuned bench-gbdt bench-rerank bench-transfer bench-serve bench-load bench-pareto \
+        exactness chaos realism results cluster-up cluster-down clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -81,6 +81,15 @@ bench-transfer: $(VENV)/.dev  ## which levers keep their sign on real data; need
 
 bench-concerns: $(VENV)/.dev  ## BT-BERT on planted truth: modes, explicit model, low data, new concerns, explanations, speed
 	$(RUN) benchmarks/bt_bert.py --config configs/bench_bt_bert/full.yaml
+
+bench-serve: $(VENV)/.dev  ## searches with reranking beside the usual stack: speed, quality, what a hop of Serve costs
+	$(RUN) benchmarks/serve_speed.py --config configs/bench_serve_speed/full.yaml
+
+bench-load: $(VENV)/.dev  ## ten minutes at 80 % of the service's capacity, with malformed requests
+	$(RUN) benchmarks/load.py --config configs/bench_load/full.yaml
+
+bench-pareto: $(VENV)/.dev  ## quality against CPU for every cascade
+	$(RUN) benchmarks/pareto.py --config configs/bench_pareto/full.yaml
 
 exactness: $(VENV)/.dev  ## the training step in every form against one plain full batch
 	$(RUN) benchmarks/exactness.py --config configs/bench_exactness/full.yaml

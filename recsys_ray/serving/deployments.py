@@ -245,6 +245,7 @@ def _batched(compute: Callable[[list[A]], Awaitable[list[B]]], together: Batchin
     async def batch(asked: list[A]) -> list[B]:
         return await compute(asked)
 
+    batch.__name__ = compute.__name__       # what Serve's own metrics call it
     found: Callable[[A], Awaitable[B]] = serve.batch(
         max_batch_size=together.size, batch_wait_timeout_s=together.wait_ms / 1000)(batch)
     return found

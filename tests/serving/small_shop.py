@@ -20,6 +20,8 @@ from recsys_ray.artifacts import Artifact, stage
 from recsys_ray.config import Config
 from recsys_ray.ids import row_ids
 from recsys_ray.models.cross_encoder import CrossEncoderConfig, cross_encoder_identity
+from recsys_ray.models.registry import build_text_encoder
+from recsys_ray.models.text_encoder import TextEncoderConfig
 from recsys_ray.models.token_signals import Encoding
 from recsys_ray.ranking.features import FEATURES, Candidates
 from recsys_ray.ranking.gbdt import MODEL, GbdtConfig, Lists, fit, model_text
@@ -42,6 +44,7 @@ from recsys_ray.serving.loading import PartStatus
 from recsys_ray.serving.recommender import (
     NoEncoding,
     Query,
+    Recommender,
     Row,
     ShardAnswer,
     ask_cards,
@@ -256,6 +259,17 @@ def client(app: FastAPI) -> httpx.AsyncClient:
 def body(**fields: object) -> bytes:
     """A search body; surrogates and non-finite numbers are written as Python's json writes them."""
     return json.dumps({"query": "red sofa", **fields}).encode()
+
+
+class RealIndex:
+    """The small catalogue with vectors of the configured encoder, and the same service in one process."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.encoder = build_text_encoder(TextEncoderConfig())
+        build_small_index(root, self.encoder, self.encoder.identity)  # type: ignore[arg-type]
+        index = open_index(root, encoder_identity=self.encoder.identity)
+        self.recommender = Recommender(index, self.encoder, RETRIEVER)
 
 
 # What must be refused: name -> (method, path, body, expected status, expected field).

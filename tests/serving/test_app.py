@@ -20,20 +20,31 @@ import psutil
 import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError
-from small_shop import LIMITS, REFUSED, RETRIEVER, SEGMENTS, WordEncoder, body, build_small_index, catalogue
+from small_shop import (
+    LIMITS,
+    REFUSED,
+    RETRIEVER,
+    SEGMENTS,
+    RealIndex,
+    WordEncoder,
+    body,
+    build_small_index,
+    catalogue,
+)
 
 from recsys_ray.artifacts import ArtifactError, open_artifact
 from recsys_ray.config import ConfigError
 from recsys_ray.models.bge_m3_heads import BgeM3Heads
 from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.text_encoder import TextEncoderConfig, encoder_identity
+from recsys_ray.ranking.rerank import RerankConfig
 from recsys_ray.retrieval.fusion import FusionConfig
 from recsys_ray.retrieval.retriever import RetrieverConfig
 from recsys_ray.retrieval.segments import open_index
 from recsys_ray.serving import deployments
 from recsys_ray.serving.api import SearchRequest, parse
 from recsys_ray.serving.app import base_url, build_app, divide, run, segment_rows, serving
-from recsys_ray.serving.config import ServeConfig
+from recsys_ray.serving.config import ServeConfig, Stage, Stages
 from recsys_ray.serving.deployments import ServeError, ShardReplica, refuse_foreign
 from recsys_ray.serving.limits import API_KEY
 from recsys_ray.serving.recommender import Recommender
@@ -67,7 +78,27 @@ def test_configurations_that_cannot_work_are_refused() -> None:
         ServeConfig(index=Path("x"), retriever=RETRIEVER)
     with pytest.raises(ValueError, match=r"multi_weight is above 0, but encoder\.multi_vector is not set"):
         ServeConfig(index=Path("x"), retriever=RetrieverConfig(fusion=FusionConfig(multi_weight=0.2)))
+    with pytest.raises(ValueError, match=r"lower limits\.max_window"):
+        ServeConfig(index=Path("x"), rerank=RerankConfig(depth=100))
+    with pytest.raises(ValueError, match="in_gateway: the stage has the gateway's"):
+        Stage(in_gateway=True, cpus=2)
     assert ServeConfig(index=Path("x")).host == "127.0.0.1"
+
+
+def test_a_stage_is_a_deployment_or_part_of_the_gateway(small_index: Path) -> None:
+    config = ServeConfig(index=small_index, encoder=None, retriever=BM25, limits=LIMITS,
+                         rerank=RerankConfig(depth=60), shards=2)
+    gateway = build_app(config)._bound_deployment
+    shards, parts = gateway.init_args[0], gateway.init_args[1]
+    assert [one._bound_deployment.name for one in shards] == ["shard-0", "shard-1"]
+    assert set(parts) == {"search-ranker"}
+    assert isinstance(parts["search-ranker"], deployments.Local)
+    apart = config.replace(stages=Stages(ranker=Stage(replicas=3, cpus=0.5), shard=Stage(in_gateway=True)))
+    gateway = build_app(apart)._bound_deployment
+    assert all(isinstance(one, deployments.Local) for one in gateway.init_args[0])
+    ranker = gateway.init_args[1]["search-ranker"]._bound_deployment
+    assert (ranker.num_replicas, ranker.ray_actor_options["num_cpus"]) == (3, 0.5)
+    assert ranker.max_queued_requests == 2 * LIMITS.max_in_flight
 
 
 def test_a_missing_index_and_a_foreign_encoder_are_refused_before_anything_starts(small_index: Path,
@@ -127,19 +158,6 @@ def test_repeating_has_an_end() -> None:
 
 
 # --- on a local Ray -------------------------------------------------------------------------------
-class RealIndex:
-    """The small catalogue with vectors of the configured encoder, and the same service in one process."""
-
-    def __init__(self, root: Path) -> None:
-        from recsys_ray.models.registry import build_text_encoder
-
-        self.root = root
-        self.encoder = build_text_encoder(TextEncoderConfig())
-        build_small_index(root, self.encoder, self.encoder.identity)  # type: ignore[arg-type]
-        index = open_index(root, encoder_identity=self.encoder.identity)
-        self.recommender = Recommender(index, self.encoder, RETRIEVER)
-
-
 @pytest.fixture(scope="module")
 def real_index(tmp_path_factory: pytest.TempPathFactory) -> RealIndex:
     return RealIndex(tmp_path_factory.mktemp("real") / "index")

@@ -23,7 +23,10 @@ function make(tag, className, ...children) {
   return element;
 }
 
-const number = (value, digits = 2) => Math.abs(value) >= 1000 ? value.toFixed(0) : Number(value.toPrecision(digits + 1)).toString();
+function number(value, digits = 3) {
+  return Math.abs(value) >= 1000 ? value.toFixed(0) : Number(value.toPrecision(digits)).toString();
+}
+
 const mode = () => document.querySelector("input[name=mode]:checked").value;
 
 function hue(text) {
@@ -35,7 +38,8 @@ function hue(text) {
 // --- a result --------------------------------------------------------------------------------------------------------
 function picture(item) {
   const title = item.title || item.product_id;
-  const letters = (title.match(/[\p{L}\p{N}]+/gu) || ["?"]).slice(0, 2).map((word) => [...word][0].toUpperCase()).join("");
+  const words = title.match(/[\p{L}\p{N}]+/gu) || ["?"];
+  const letters = words.slice(0, 2).map((word) => [...word][0].toUpperCase()).join("");
   const frame = make("div", "picture", letters);
   frame.setAttribute("aria-hidden", "true");
   frame.style.setProperty("--hue", hue(item.category || item.brand || title));
@@ -80,16 +84,17 @@ const readable = (feature) => feature.replaceAll("_", " ");
 function gist(item) {
   const why = item.explanation;
   if (!why) return null;
-  const text = why.features.length
-    ? why.features.slice(0, 3).map((one) => `${readable(one.feature)} ${one.contribution > 0 ? "+" : "−"}`).join(", ")
-    : Object.entries(why.scores).filter(([name]) => name !== "fused").map(([name, score]) => `${readable(name)} ${number(score)}`).join(", ");
-  return make("p", "gist", text);
+  const parts = why.features.length
+    ? why.features.slice(0, 3).map((one) => `${readable(one.feature)} ${one.contribution > 0 ? "+" : "−"}`)
+    : Object.entries(why.scores).map(([name, score]) => `${readable(name)} ${number(score)}`);
+  return make("p", "gist", parts.join(", "));
 }
 
 function whyPanel(why) {
   const panel = make("div", "why");
   const scores = make("dl");
-  for (const [name, score] of Object.entries(why.scores)) scores.append(make("dt", "", readable(name)), make("dd"), make("dd", "", number(score, 3)));
+  for (const [name, score] of Object.entries(why.scores))
+    scores.append(make("dt", "", readable(name)), make("dd"), make("dd", "", number(score, 4)));
   panel.append(make("h3", "", `Scores (retrieval had it at ${why.first_rank})`), scores);
   if (why.features.length) {
     const most = Math.max(...why.features.map((one) => Math.abs(one.contribution)));
@@ -98,8 +103,8 @@ function whyPanel(why) {
       const bar = make("div", one.contribution < 0 ? "effect less" : "effect");
       bar.style.setProperty("--share", Math.abs(one.contribution) / most);
       const value = one.value === null ? "unknown" : number(one.value);
-      list.append(make("dt", "", readable(one.feature)), make("dd", "", bar),
-                  make("dd", "value", `${value} → ${one.contribution > 0 ? "+" : "−"}${number(Math.abs(one.contribution))}`));
+      const effect = `${one.contribution > 0 ? "+" : "−"}${number(Math.abs(one.contribution))}`;
+      list.append(make("dt", "", readable(one.feature)), make("dd", "", bar), make("dd", "value", `${value} → ${effect}`));
     }
     panel.append(make("h3", "", "What moved it"), list);
   }
@@ -117,7 +122,7 @@ function card(item, listId) {
   element.dataset.id = item.product_id;
   element.setAttribute("role", "button");
   element.setAttribute("aria-expanded", "false");
-  element.addEventListener("click", () => toggle(element, item, listId));
+  element.addEventListener("click", (event) => { if (!event.target.closest(".why")) toggle(element, item, listId); });
   for (const [event, on] of [["mouseenter", true], ["focus", true], ["mouseleave", false], ["blur", false]])
     element.addEventListener(event, () => highlight(item.product_id, on));
   return element;
@@ -157,16 +162,17 @@ function latency(tookMs) {
 }
 
 function notice(answer) {
-  if (answer.degraded) return make("p", "notice", `The ${readable(answer.degraded_stage)} was left out: it was late or failed.`);
-  if (answer.shards_answered < answer.shards_total) return make("p", "notice", `${answer.shards_answered} of ${answer.shards_total} parts of the catalogue answered.`);
-  return null;
+  const {degraded, degraded_stage: stage, shards_answered: answered, shards_total: total} = answer;
+  if (degraded) return make("p", "notice", `The ${readable(stage)} was left out: it was late or failed.`);
+  return answered < total ? make("p", "notice", `${answered} of ${total} parts of the catalogue answered.`) : null;
 }
 
 function column(system, answer) {
   const [name, what] = SYSTEMS[system];
   const total = Object.values(answer.took_ms).reduce((sum, one) => sum + one, 0);
-  return make("section", "system", make("h2", "", name), make("p", "", `${what} · ${total.toFixed(0)} ms`), latency(answer.took_ms),
-              notice(answer), make("ol", "cards", ...answer.items.map((item) => card(item, answer.list_id))));
+  return make("section", "system", make("h2", "", name), make("p", "", `${what} · ${total.toFixed(0)} ms`),
+              latency(answer.took_ms), notice(answer),
+              make("ol", "cards", ...answer.items.map((item) => card(item, answer.list_id))));
 }
 
 function list(answer) {
@@ -234,7 +240,8 @@ async function search() {
     if (!side) more(last, signal);
     const first = results.querySelector(".card");
     if (first) first.tabIndex = 0;
-    say(last.items.length ? (side ? "" : `${last.candidates} products ranked`) : "Nothing found. Fewer filters or other words may help.");
+    if (!last.items.length) say("Nothing found. Fewer filters or other words may help.");
+    else say(side ? "" : `${last.candidates} products ranked`);
   } catch (error) {
     if (error.name !== "AbortError") say(error.message, true);
   }
@@ -264,7 +271,8 @@ function more(answer, signal) {
 function remember() {
   const said = new URLSearchParams();
   if (at("query").value) said.set("q", at("query").value);
-  for (const name of [...FILTERS, "sort"]) if (at(name).value && at(name).value !== "relevance") said.set(name, at(name).value);
+  for (const name of FILTERS) if (at(name).value) said.set(name, at(name).value);
+  if (at("sort").value !== "relevance") said.set("sort", at("sort").value);
   if (mode() !== "list") said.set("mode", mode());
   history.replaceState(null, "", `${location.pathname}${said.size ? `?${said}` : ""}`);
 }
