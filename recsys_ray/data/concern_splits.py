@@ -19,6 +19,7 @@ from recsys_ray.data.splits import SPLITS
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+FORMULA = 4     # names from which two equal lists are one formula
 
 
 class ConcernSplitConfig(Config):
@@ -43,7 +44,8 @@ class ConcernSplitConfig(Config):
 def formula_groups(row_ids: Ints, group_ids: Ints, formulas: Sequence[Sequence[str]]) -> Ints:
     """The group of each of N products, shape (N,): near-duplicates, and listings with one ingredient list, joined.
 
-    `formulas` are the ingredient names in order; one without names joins nothing. A group's id is its smallest row id.
+    `formulas` are the ingredient names in order; one of fewer than 4 names joins nothing: pure oils, and ingredients
+    that a text names, are alike by chance. A group's id is its smallest row id.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -52,7 +54,7 @@ def formula_groups(row_ids: Ints, group_ids: Ints, formulas: Sequence[Sequence[s
     first: dict[object, int] = {}
     joined = []
     for at, (group, formula) in enumerate(zip(group_ids.tolist(), formulas, strict=True)):
-        keys: list[object] = [group] if not formula else [group, tuple(formula)]
+        keys: list[object] = [group] if len(formula) < FORMULA else [group, tuple(formula)]
         joined += [(at, first.setdefault(key, at)) for key in keys]
     left, right = np.array(joined, dtype=np.int64).reshape(-1, 2).T
     graph = coo_array((np.ones(len(left), dtype=np.int8), (left, right)), shape=(count, count))

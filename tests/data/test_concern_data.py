@@ -86,8 +86,10 @@ def test_near_duplicates_and_one_formula_stay_together(tmp_path: Path) -> None:
 
 def test_formula_groups_join_what_shares_a_group_or_a_list() -> None:
     rows = np.array([5, 3, 9, 7, 1])
-    found = formula_groups(rows, np.array([5, 5, 9, 7, 1]), [["a"], ["b"], ["b"], [], []])
+    found = formula_groups(rows, np.array([5, 5, 9, 7, 1]), [list("abcd"), list("bcde"), list("bcde"), [], []])
     assert found.tolist() == [3, 3, 3, 7, 1]
+    short = formula_groups(rows, rows, [["retinol"]] * 5)
+    assert short.tolist() == rows.tolist()
 
 
 def test_each_concern_is_spread_over_the_splits() -> None:
