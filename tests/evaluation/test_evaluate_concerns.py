@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from recsys_ray.artifacts import Artifact
-from recsys_ray.config import ConfigError, load_config
+from recsys_ray.artifacts import Artifact, stage
+from recsys_ray.config import Config, ConfigError, load_config
 from recsys_ray.data.concern_data import LabelConcernsConfig, label_concerns
 from recsys_ray.evaluation.concerns import MACRO, ConcernMetricError
 from recsys_ray.evaluation.evaluate_concerns import EvaluateConcernsConfig, concern_summary, evaluate_concerns
@@ -79,6 +79,26 @@ def test_a_table_of_scores_is_measured_beside_the_baselines(tmp_path: Path, labe
     rows = made.table("per_product.parquet")
     assert {"probability ours", "threshold majority", "label"} <= set(rows.column_names)
     assert run(tmp_path, labels, **options).manifest.version == made.manifest.version
+
+
+def test_scores_may_be_an_artefact_of_the_scoring_job(tmp_path: Path, labels: Artifact) -> None:
+    """A column a concern, thresholds in the model's card; other products and concerns may be in it."""
+    rows = labels.table("labels.parquet").to_pylist()
+    said = {(row["product_id"], row["concern"]): 0.4 if row["label"] else 0.1 for row in rows}
+    ids = sorted({row["product_id"] for row in rows})
+    wide = pa.table({"product_id": [*ids, "another"], **{
+        name: pa.array([*(said[one, name] for one in ids), 0.5], pa.float32()) for name in ("acne", "wrinkle")}})
+    facts = {"concerns": ["acne", "wrinkle"],
+             "model": {"card": {"calibration": {"thresholds": {"acne": 0.3, "wrinkle": 0.3}}}}}
+    with stage(tmp_path / "scores", "concern_scores", "f" * 16) as staging:
+        staging.commit([staging.write_table("scores/part-00000.parquet", wide)], config=Config(), facts=facts)
+    made = run(tmp_path, labels, systems={"ours": str(tmp_path / "scores")}, concerns=["wrinkle", "acne"])
+    assert made.manifest.parents["scores ours"].startswith("concern_scores/")
+    means = {row["metric"]: row["mean"] for row in read_evaluation(made)["means"]
+             if (row["system"], row["concern"]) == ("ours", MACRO)}
+    assert (means["AP"], means["F1"], means["accuracy"]) == (1, 1, 1)
+    with pytest.raises(ConcernMetricError, match="ours: no probabilities of 'moisture'; it has acne, wrinkle"):
+        run(tmp_path, labels, systems={"ours": str(tmp_path / "scores")})
 
 
 def test_what_is_right_may_come_from_elsewhere(tmp_path: Path, labels: Artifact) -> None:
