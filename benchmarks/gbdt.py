@@ -100,7 +100,8 @@ class JobConfig(Config):
         """The trees of a shop by name; the families are taken out of the first shop's alone."""
         found = {OURS: self.trees, LIGHT: self.trees.replace(without=("cross",))}
         if shop != self.null_shop:
-            found |= {f"without {name}": self.trees.replace(without=(name,)) for name in self.ablated if name != CROSS}
+            found |= {f"without {name}": self.trees.replace(without=(name,), start=0 if name == "fused" else
+                                                            self.trees.start) for name in self.ablated if name != CROSS}
         return found
 
 
@@ -317,7 +318,7 @@ def _grow(config: JobConfig, shop: str, variant: str) -> dict[str, Any]:
     lists, test = load_lists(work / "valid.npz"), load_lists(work / "test.npz")
     earlier = np.array(known["valid"]["earlier"], dtype=bool)
     fitted = fit(lists.take(earlier), lists.take(~earlier), trees, trees.label_gain or (0.0, 1.0))
-    ranker = GbdtRanker.of(model_text(fitted), None, {})
+    ranker = GbdtRanker.of(model_text(fitted), None, {}, trees.start)
     with np.load(work / "test-rows.npz", allow_pickle=False) as arrays:
         row_ids = arrays["row_ids"]
     started = time.process_time()

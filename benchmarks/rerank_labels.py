@@ -273,7 +273,7 @@ def _trees(config: JobConfig, fold: int, stage_name: str, catalogue: Catalogue, 
     rankers, grown = {}, {}
     for name, trees in (("both", config.trees), ("lightgbm", config.trees.replace(without=("cross",)))):
         fitted = fit(lists.take(~stops), lists.take(stops), trees, label_gain)
-        rankers[name] = GbdtRanker.of(model_text(fitted), None, {})
+        rankers[name] = GbdtRanker.of(model_text(fitted), None, {}, trees.start)
         grown[name] = {"rounds": fitted.rounds, "stop_ndcg": fitted.stop_ndcg,
                        "importance": dict(list(rankers[name].importance().items())[:20])}
     answers = _answers(config, reported, pools, fusion, catalogue, index, cross, gains, rankers)

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from recsys_ray.artifacts import open_artifact
 from recsys_ray.config import Config
@@ -23,6 +23,7 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 KIND = "gbdt"
 MODEL = "model.txt"
+FUSED_RANK = FEATURES.index("fused_rank")
 
 
 class GbdtError(ValueError):
@@ -42,6 +43,8 @@ class GbdtConfig(Config):
     bagging_fraction: float = Field(default=0.8, gt=0, le=1)
     l2: float = Field(default=1.0, ge=0)
     truncation: int = Field(default=30, ge=1)               # places whose exchanges are learned from
+    # trees begin at -start * ln(rank by retrieval), so that with few lists they mend an order and need not learn it
+    start: float = Field(default=0.0, ge=0)
     label_gain: tuple[float, ...] | None = None             # gain of label 0, 1, ...; None: the judgments' own gains
     monotone: dict[str, Literal[-1, 1]] = Field(default_factory=dict)   # feature -> more of it never lowers / raises
     without: tuple[str, ...] = ()                           # families that are not read
@@ -61,6 +64,12 @@ class GbdtConfig(Config):
         if unknown := set(given) - set(FAMILIES):
             raise ValueError(f"no family {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}")
         return given
+
+    @model_validator(mode="after")
+    def _start_is_read(self) -> Self:
+        if self.start and "fused" in self.without:
+            raise ValueError("start: begins from the fused rank, whose family is in without")
+        return self
 
     @property
     def columns(self) -> Ints:
@@ -110,6 +119,11 @@ class Lists:
                          for start, size in zip(starts.tolist(), self.sizes.tolist(), strict=True)], dtype=bool)
 
 
+def beginning(features: Floats, start: float) -> npt.NDArray[np.float64]:
+    """Where the trees begin, (N,): -start * ln(rank by retrieval)."""
+    return -start * np.log(np.maximum(features[:, FUSED_RANK].astype(np.float64), 1.0))
+
+
 def graded(gains: npt.NDArray[np.floating[Any]], label_gain: Sequence[float] | None = None
            ) -> tuple[Ints, tuple[float, ...]]:
     """(label of each row, gain of each label): labels number the different gains, 0 being 0.
@@ -152,6 +166,7 @@ def fit(lists: Lists, stop: Lists, config: GbdtConfig, label_gain: Sequence[floa
                             "deeper, or for more queries")
         parts.append(telling)
     data = [lightgbm.Dataset(one.features[:, config.columns], one.labels, group=one.sizes, position=one.positions,
+                             init_score=beginning(one.features, config.start) if config.start else None,
                              feature_name=[FEATURES[column] for column in config.columns]) for one in parts]
     data[1].set_reference(data[0])
     booster = lightgbm.train({**config.params(label_gain), **(network or {})}, data[0], config.rounds,
@@ -173,6 +188,7 @@ class GbdtRanker:
     columns: Ints                               # of FEATURES that the trees read
     cross_encoder: dict[str, Any] | None        # identity of the one whose scores they read; None: they read none
     trained_with: Mapping[str, int]             # depth, cross_top
+    start: float = 0.0                          # as in `GbdtConfig`
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -187,10 +203,12 @@ class GbdtRanker:
             different = sorted(set(known) ^ set(FEATURES)) or ["their order"]
             raise GbdtError(f"{artifact.path}: fitted to {len(known)} features, here are {len(FEATURES)}; different: "
                             f"{', '.join(different[:5])}; fit it again")
-        return cls.of(artifact.file(MODEL).read_text(encoding="utf-8"), facts["cross_encoder"], facts["trained_with"])
+        return cls.of(artifact.file(MODEL).read_text(encoding="utf-8"), facts["cross_encoder"], facts["trained_with"],
+                      facts["start"])
 
     @classmethod
-    def of(cls, text: str, cross_encoder: dict[str, Any] | None, trained_with: Mapping[str, int]) -> Self:
+    def of(cls, text: str, cross_encoder: dict[str, Any] | None, trained_with: Mapping[str, int],
+           start: float = 0.0) -> Self:
         """The trees of LightGBM's text; `GbdtError` when they read a feature that is none of ours."""
         import lightgbm
 
@@ -198,7 +216,7 @@ class GbdtRanker:
         if unknown := [name for name in booster.feature_name() if name not in FEATURES]:
             raise GbdtError(f"the trees read {', '.join(unknown[:5])}, which is no feature of ours; fit them again")
         columns = np.array([FEATURES.index(name) for name in booster.feature_name()], dtype=np.int64)
-        return cls(booster, columns, cross_encoder, dict(trained_with))
+        return cls(booster, columns, cross_encoder, dict(trained_with), start)
 
     def importance(self) -> dict[str, float]:
         """The share of each feature in the gain of all splits, largest first."""
@@ -209,14 +227,19 @@ class GbdtRanker:
 
     def score(self, features: Floats) -> npt.NDArray[np.float64]:
         """The score of each row of a feature table (C, F), (C,); higher is better."""
-        return np.asarray(self.booster.predict(self._own(features), num_threads=1, validate_features=False),
-                          dtype=np.float64) if len(features) else np.zeros(0)
+        own = self._own(features)
+        if not len(own):
+            return np.zeros(0)
+        grown: npt.NDArray[np.float64] = self.booster.predict(own, num_threads=1)
+        return grown + beginning(features, self.start) if self.start else grown
 
     def contributions(self, features: Floats) -> Floats:
         """What each feature added to the score of each row, (C, F) (TreeSHAP); 0 for features that are not read."""
         found = np.zeros(features.shape, np.float32)
         if len(features):
             found[:, self.columns] = self.booster.predict(self._own(features), pred_contrib=True, num_threads=1)[:, :-1]
+        if self.start:
+            found[:, FUSED_RANK] += beginning(features, self.start)
         return found
 
     def _own(self, features: Floats) -> Floats:

@@ -129,7 +129,7 @@ def _made(config: TrainGbdtConfig, period: _Period, candidates: Mapping[str, Art
     log.info("%d queries to fit to, %d to stop by; %d of them with their product", earlier.sum(), (~earlier).sum(),
              int(lists.telling().sum()))
     grown = grow(fit, stop, config.gbdt, label_gain, config.workers, config.ray, staging.path)
-    ranker = GbdtRanker.of(grown.text, identity, period.trained_with)
+    ranker = GbdtRanker.of(grown.text, identity, period.trained_with, config.gbdt.start)
     write_text(staging.path / MODEL, grown.text)
     document = _explained(ranker, stop)
     write_text(staging.path / "explanation.json", json.dumps(document) + "\n")
@@ -139,8 +139,8 @@ def _made(config: TrainGbdtConfig, period: _Period, candidates: Mapping[str, Art
     files = [staging.entry(name) for name in (MODEL, "explanation.json", "explanation.html", "metrics.json")]
     return files, {
         "features": list(FEATURES), "without": list(config.gbdt.without), "cross_encoder": identity,
-        "trained_with": period.trained_with, "label_gain": list(label_gain), "rounds": grown.rounds,
-        "stop_ndcg": grown.stop_ndcg, "importance": ranker.importance(),
+        "trained_with": period.trained_with, "start": config.gbdt.start, "label_gain": list(label_gain),
+        "rounds": grown.rounds, "stop_ndcg": grown.stop_ndcg, "importance": ranker.importance(),
         "queries": {"fit": int(earlier.sum()), "stop": int((~earlier).sum()),
                     "fit, with their product": int(fit.telling().sum())},
         "metrics": None if measured is None else _short(measured)}

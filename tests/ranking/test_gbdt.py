@@ -14,7 +14,8 @@ from recsys_ray.ranking.features import FAMILIES, FEATURES
 from recsys_ray.ranking.gbdt import KIND, MODEL, GbdtConfig, GbdtError, GbdtRanker, Lists, fit, graded, model_text
 
 SMALL = GbdtConfig(rounds=30, leaves=4, min_leaf=5, learning_rate=0.2, feature_fraction=1.0)
-SIGNAL, NOISE, BIASED = (FEATURES.index(name) for name in ("dense_score", "lexical_score", "price"))
+SIGNAL, NOISE, BIASED, RANK = (FEATURES.index(name)
+                               for name in ("dense_score", "lexical_score", "price", "fused_rank"))
 
 
 def lists(queries: int, seed: int, size: int = 10, positions: bool = False) -> Lists:
@@ -28,11 +29,12 @@ def lists(queries: int, seed: int, size: int = 10, positions: bool = False) -> L
     return Lists(features, labels.reshape(-1), np.full(queries, size), shown)
 
 
-def published(root: Path, text: str, features: tuple[str, ...] = FEATURES) -> Path:
+def published(root: Path, text: str, features: tuple[str, ...] = FEATURES, start: float = 0.0) -> Path:
     with stage(root, KIND, "x") as staging:
         (staging.path / MODEL).write_text(text)
         staging.commit([staging.entry(MODEL)], config=Config(), facts={
-            "features": list(features), "cross_encoder": None, "trained_with": {"depth": 10, "cross_top": 5}})
+            "features": list(features), "cross_encoder": None, "start": start,
+            "trained_with": {"depth": 10, "cross_top": 5}})
     return root
 
 
@@ -57,6 +59,27 @@ def test_the_same_input_gives_the_same_trees() -> None:
     texts = {model_text(fit(lists(40, 1), lists(20, 2), config.replace(threads=threads), (0.0, 1.0)))
              .replace(f"[num_threads: {threads}]", "") for threads in (1, 2)}
     assert len(texts) == 1
+
+
+def test_trees_may_begin_from_the_order_of_retrieval(tmp_path: Path) -> None:
+    """With labels that are noise they keep that order; what they were begun from is part of the score."""
+    def by_rank(one: Lists) -> Lists:
+        one.features[:, RANK] = np.tile(np.arange(1, 11), len(one.sizes))
+        return one
+
+    noise = by_rank(lists(6, 1))
+    noise.labels[:] = np.random.default_rng(0).permutation(noise.labels)
+    config = SMALL.replace(start=5.0, learning_rate=0.001, rounds=3)
+    ranker = GbdtRanker.load(published(tmp_path, model_text(fit(noise, noise, config, (0.0, 1.0))), start=5.0))
+    new = by_rank(lists(3, 2))
+    scores = ranker.score(new.features).reshape(3, 10)
+    assert (np.diff(scores, axis=1) < 0).all()
+    assert scores[0, 0] - scores[0, 1] == pytest.approx(5 * np.log(2), abs=0.05)
+    added = ranker.contributions(new.features)
+    assert np.ptp(ranker.score(new.features) - added.sum(axis=1)) < 1e-3
+    assert added[1, RANK] == pytest.approx(-5 * np.log(2), abs=0.05)
+    with pytest.raises(ValueError, match="start"):
+        GbdtConfig(start=1, without=("fused",))
 
 
 def test_a_family_can_be_left_out() -> None:

@@ -137,7 +137,7 @@ def publish_small_trees(root: Path, cross: CrossEncoderConfig | None) -> Artifac
     with stage(root, "gbdt", "small") as staging:
         (staging.path / MODEL).write_text(model_text(fit(lists, lists, config, [0, 1])))
         return staging.commit([staging.entry(MODEL)], config=config, facts={
-            "features": list(FEATURES), "trained_with": {"depth": DEPTH, "cross_top": 20},
+            "features": list(FEATURES), "start": 0.0, "trained_with": {"depth": DEPTH, "cross_top": 20},
             "cross_encoder": None if cross is None else cross_encoder_identity(cross)})
 
 
