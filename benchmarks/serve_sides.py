@@ -60,7 +60,7 @@ class Naive:
             took[stage], clock = (now - clock) * 1000, now
 
         query = request["query"]
-        vector = self.encoder.encode([query], normalize_embeddings=True, convert_to_numpy=True)
+        vector = self.encoder.encode([query], normalize_embeddings=True, show_progress_bar=False)
         done("encode")
         scores, places = self.faiss.search(vector.astype("float32"), self.depth)
         found = self.products.iloc[places[0]].reset_index(drop=True)
