@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from recsys_ray.data.concern_products import ConcernProducts, read_concern_produ
 from recsys_ray.data.concern_rulebook import PACKAGED, Rulebook, load_rules
 from recsys_ray.data.concern_splits import ConcernSplitConfig, stratified_split
 from recsys_ray.data.concerns import LABELS, Labeller, Mode, label_products
-from recsys_ray.data.sources import load_rows
-from recsys_ray.data.sources.files import find_files
+from recsys_ray.data.sources import load_rows, table_states
 from recsys_ray.schema import CONCERN_LABEL, CONCERN_PRODUCT, QUARANTINE, conform
 
 log = logging.getLogger(__name__)
@@ -36,6 +35,9 @@ OWN = "own label"       # the rule of a label that was given
 _LABEL_ROW = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("product_id", "concern", "label")])
 _SAID = {"1": 1, "true": 1, "yes": 1, "0": 0, "false": 0, "no": 0}
 GivenLabels = dict[tuple[str, str], tuple[int, str]]    # (product_id, concern) -> label, place
+
+
+TableReader = Callable[[str, Mapping[str, str], pa.Schema], pa.Table]
 
 
 class LabelError(ValueError):
@@ -93,8 +95,7 @@ def label_concerns(config: LabelConcernsConfig) -> Artifact:
 
 
 def _states(labels: OwnLabels | None) -> list[list[str | int]]:
-    return [] if labels is None else [[file.path, file.size, file.state]
-                                      for file in find_files(labels.path, allow_truth=True)]
+    return [] if labels is None else table_states(labels.path)
 
 
 def _labelled(config: LabelConcernsConfig, book: Rulebook) -> tuple[pa.Table, pa.Table, pa.Table, Rulebook]:
@@ -132,14 +133,16 @@ def _own_labels(config: OwnLabels, book: Rulebook, products: pa.Table
     return kept, pa.Table.from_pylist(aside, schema=QUARANTINE)
 
 
-def read_given(config: OwnLabels, known: Collection[str] | None = None) -> GivenLabels:
+def read_given(config: OwnLabels, known: Collection[str] | None = None, read: TableReader = load_rows) -> GivenLabels:
     """(product_id, concern) -> (label, place) of a table of labels; `known`: the concerns it may name (None: any).
+
+    `read` is how the table is opened: evaluation may open what no training may.
 
     Errors: `LabelError` naming file and row of the first bad one: no label, one that is neither 1 nor 0, an unknown
     concern, two labels of one pair that differ.
     """
     found: GivenLabels = {}
-    for row in load_rows(config.path, config.columns, _LABEL_ROW).to_pylist():
+    for row in read(config.path, config.columns, _LABEL_ROW).to_pylist():
         place = row["_source"]
         if row["_error"]:
             raise LabelError(f"{place}: {row['_error']}")

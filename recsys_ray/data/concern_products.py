@@ -119,7 +119,7 @@ def _rows(config: ConcernProducts) -> Iterator[tuple[str, str | None, Row]]:
                 text = "\n".join(one for one in (row.pop("description"), *(row.pop("features") or ())) if one)
                 yield name, None, {**row, "category": _path(row.pop("categories")), "text": text}
         return
-    table = load_rows(config.path or "", config.columns, TABLE, endpoint_url=config.endpoint_url, allow_truth=False)
+    table = load_rows(config.path or "", config.columns, TABLE, endpoint_url=config.endpoint_url)
     for row in table.to_pylist():
         place, reason = row.pop("_source"), row.pop("_error")
         number = int(row_ids([row["product_id"]])[0]) if reason is None else None

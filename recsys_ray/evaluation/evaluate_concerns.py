@@ -10,6 +10,7 @@ import io
 import json
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -34,7 +35,7 @@ from recsys_ray.data.concern_data import KIND as LABELS_KIND
 from recsys_ray.data.concern_data import LabelConcernsConfig, LabelError, OwnLabels, read_given
 from recsys_ray.data.concern_rulebook import load_rules
 from recsys_ray.data.concerns import Labeller
-from recsys_ray.data.sources import load_table
+from recsys_ray.data.sources import load_rows, load_table
 from recsys_ray.evaluation import concern_baselines as baselines
 from recsys_ray.evaluation.concern_baselines import Part
 from recsys_ray.evaluation.concern_lists import compare_lists
@@ -163,7 +164,7 @@ def _concerns(config: EvaluateConcernsConfig, manifest: Manifest) -> tuple[str, 
 def _truth(config: EvaluateConcernsConfig, asked: pa.Table, concerns: tuple[str, ...]) -> ConcernSheet:
     if config.truth is None:
         raise LabelError("no truth is given")
-    given = read_given(config.truth)
+    given = read_given(config.truth, read=partial(load_rows, allow_truth=True))
     unknown = set(asked["product_id"].to_pylist()) - {product for product, _ in given}
     if unknown:
         log.warning("%s says nothing of %d of %d products, e.g. %s: they are not counted", config.truth.path,

@@ -157,7 +157,7 @@ The loss was {first_loss} over the first tenth of the steps and {last_loss} over
 {validation}
 
 Logits are divided by {temperature:g}; a concern is said to be addressed from these probabilities on: {thresholds}.
-These labels are what rules or annotators said, not the truth about a product.
+These labels are what rules or annotators said, not what is known of a product.
 """
 
 

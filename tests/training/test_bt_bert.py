@@ -69,7 +69,7 @@ def model(tiny_text_model: TinyModel) -> Path:
 def settings_of(labels: Path, model: Path, output: Path, **changes: Any) -> FinetuneBtBertConfig:
     return FinetuneBtBertConfig.model_validate({
         "labels": {"path": str(labels)}, "output": str(output), "model": str(model), "device": "cpu",
-        "dtype": "float32",
+        "dtype": "float32", "workers": {"threads": 1},
         "max_tokens": 48, "max_steps": 12, "epochs": 9, "evaluate_every": 4, "checkpoint_every": 3,
         "sampler": {"batch_size": 16}, "optim": {"learning_rate": 2e-3, "betas": [0.9, 0.95]}, **changes})
 
@@ -230,7 +230,8 @@ def test_average_precision_is_left_out_where_there_is_none() -> None:
 @pytest.mark.timeout(240)
 def test_two_workers_end_with_the_loss_curve_of_one(labels: Path, model: Path, tmp_path: Path, local_ray: object,
                                                     uninterrupted: Artifact) -> None:
-    shared = finetune_bt_bert(settings_of(labels, model, tmp_path / "model", workers={"count": 2, "cpus": 0.5}))
+    shared = finetune_bt_bert(settings_of(labels, model, tmp_path / "model",
+                                          workers={"count": 2, "cpus": 0.5, "threads": 1}))
     ours, theirs = curve(shared), curve(uninterrupted)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):

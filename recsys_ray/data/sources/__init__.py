@@ -19,7 +19,7 @@ from recsys_ray.data.sources.config import (
     TableSource,
 )
 from recsys_ray.data.sources.plan import file_states, tables_of
-from recsys_ray.data.sources.tables import load_rows, load_table
+from recsys_ray.data.sources.tables import load_rows, load_table, table_states
 
 if TYPE_CHECKING:
     from recsys_ray.data.sources.readers import (
@@ -38,7 +38,7 @@ __all__ = [
     "AmazonReviewsSource", "ClothingSource", "EsciSource", "GoodbooksSource", "GoodreadsSource", "IcecatSource",
     "SourceConfig", "SourceError", "TableSource", "file_states", "load_rows", "load_table", "read_events",
     "read_images", "read_interactions", "read_judgments", "read_products", "read_queries", "read_reviews", "read_tags",
-    "read_texts", "tables_of",
+    "read_texts", "table_states", "tables_of",
 ]
 
 

@@ -24,7 +24,7 @@ def load_table(
     here: its queries and judgments are for evaluation. Errors: `SourceError` for a missing file or
     column, for the first bad row (with its place), and for files of more than 1 GiB in total.
     """
-    table = load_rows(path, columns, schema, endpoint_url=endpoint_url)
+    table = load_rows(path, columns, schema, endpoint_url=endpoint_url, allow_truth=True)
     bad = table.filter(table["_error"].is_valid())
     if bad.num_rows:
         raise SourceError(f"{bad['_source'][0]}: {bad['_error'][0]} ({bad.num_rows} bad row(s) in {path})")
@@ -33,7 +33,7 @@ def load_table(
 
 def load_rows(
     path: str, columns: Mapping[str, str], schema: pa.Schema, *, endpoint_url: str | None = None,
-    allow_truth: bool = True,
+    allow_truth: bool = False,
 ) -> pa.Table:
     """The same table, bad rows too: `_error` says what is wrong with a row (null: nothing), `_source` its place."""
     files = find_files(path, endpoint_url, allow_truth=allow_truth)
@@ -44,3 +44,8 @@ def load_rows(
     recipe = mapped_recipe(files, "table", dict(columns), schema, required, TableSource(products=path))
     blocks = [block for file in files for piece in pieces_of(file) for block in read_piece(piece, recipe)]
     return pa.concat_tables(blocks) if blocks else block_schema(schema).empty_table()
+
+
+def table_states(path: str) -> list[list[str | int]]:
+    """Path, bytes and state of each file that `load_rows` would read: equal only while the table is the same."""
+    return [[file.path, file.size, file.state] for file in find_files(path)]
