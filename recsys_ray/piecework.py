@@ -1,14 +1,13 @@
 """Numbered pieces of work on a pool of actors: each piece becomes one file, and a rerun does only what is missing.
 
-A worker is a class with `__init__(job)` and `__call__(batch)`, where `batch["piece"]` are numbers; for each number it
-calls `write_piece` last, so a piece that is described is whole.
+A worker is a class with `__init__(job)` and `make(number)`, which gives the rows of a piece. A piece's file is
+described after it was written, so a piece that is described is whole.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,9 @@ def piece_file(prefix: str, number: int) -> str:
     return f"{prefix}-{number:05d}.parquet"
 
 
-def write_piece(staging: Path, prefix: str, number: int, table: pa.Table) -> FileEntry:
-    """Write a piece's file and then what describes it."""
+def _write_piece(staging: Path, prefix: str, number: int, table: pa.Table) -> None:
     entry = write_table(staging, piece_file(prefix, number), table)
     write_text((staging / entry.path).with_suffix(".json"), entry.model_dump_json())
-    return entry
 
 
 def described_piece(staging: Path, prefix: str, number: int) -> FileEntry:
@@ -64,7 +61,7 @@ def run_pieces(worker: type, job: object, count: int, staging: Path, prefix: str
         gpus, size = _pool(gpu, workers, len(todo))
         rows = [{"piece": number} for number in todo]
         finished = ray.data.from_items(rows, override_num_blocks=len(todo)).map_batches(
-            worker, fn_constructor_args=(job,), batch_size=1, batch_format="numpy",
+            _Actor, fn_constructor_args=(worker, job, str(staging), prefix), batch_size=1, batch_format="numpy",
             compute=ray.data.ActorPoolStrategy(size=size), num_cpus=ACTOR_CPUS, num_gpus=gpus,
             max_restarts=ACTOR_RESTARTS, max_task_retries=ACTOR_RESTARTS)
         for done, _ in enumerate(finished.iter_rows(), start=1):
@@ -82,14 +79,19 @@ def _pool(gpu: bool, workers: int | None, pieces: int) -> tuple[int, int]:
     return gpus, min(workers or max(1, cores), pieces)
 
 
-def one_thread() -> None:
-    """Give torch and tokenizers of this actor one thread: actors are the parallelism."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
+class _Actor:
+    """A worker, and what it made, in one process of one thread: actors are the parallelism."""
 
-    torch.set_num_threads(1)
+    def __init__(self, worker: type, job: object, staging: str, prefix: str) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        import torch
 
+        torch.set_num_threads(1)
+        self.worker, self.staging, self.prefix = worker(job), Path(staging), prefix
 
-def numbers(batch: dict[str, Any]) -> Sequence[int]:
-    """The pieces a worker is asked for."""
-    return [int(one) for one in batch["piece"]]
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        for number in map(int, batch["piece"]):
+            # it may have been finished by an actor that died before it could say so
+            if finished_piece(self.staging, self.prefix, number) is None:
+                _write_piece(self.staging, self.prefix, number, self.worker.make(number))
+        return {"piece": batch["piece"]}

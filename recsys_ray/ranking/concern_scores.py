@@ -41,7 +41,7 @@ from recsys_ray.data.sources.plan import file_states, recipes
 from recsys_ray.models.bt_bert import KIND as MODEL_KIND
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer, bt_bert_identity
 from recsys_ray.models.sentence_layout import find_model
-from recsys_ray.piecework import finished_piece, numbers, one_thread, piece_file, run_pieces, write_piece
+from recsys_ray.piecework import piece_file, run_pieces
 from recsys_ray.runtime import RayConfig
 from recsys_ray.schema import QUARANTINE
 
@@ -126,29 +126,21 @@ def _run(config: ScoreConcernsConfig, job: _Job, staging: Staging, identity: dic
 
 
 class _PieceScorer:
-    """The actor: a loaded model that turns the number of a piece into a file."""
+    """A loaded model that turns the number of a piece into scores."""
 
     def __init__(self, job: _Job) -> None:
-        one_thread()
         self.job = job
         self.scorer = BtBertScorer(BtBertConfig.model_validate(job.model))
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for number in numbers(batch):
-            self._score(number)
-        return {"piece": np.asarray(batch["piece"])}
-
-    def _score(self, number: int) -> None:
-        staging = Path(self.job.staging)
-        if finished_piece(staging, SCORES, number) is not None:     # by an actor that died before it could say so
-            return
+    def make(self, number: int) -> pa.Table:
+        """The scores of a piece; what cannot be read is set aside in a file of its own."""
         scored, set_aside = [score_schema(self.scorer).empty_table()], [QUARANTINE.empty_table()]
         for block in read_piece(*self.job.work[number]):
             bad = pc.is_valid(block["_error"])
             set_aside.append(_quarantined(block.filter(bad)))
             scored.append(score_products(self.scorer, block.filter(pc.invert(bad))))
-        write_table(staging, piece_file(ASIDE, number), pa.concat_tables(set_aside))
-        write_piece(staging, SCORES, number, pa.concat_tables(scored))
+        write_table(Path(self.job.staging), piece_file(ASIDE, number), pa.concat_tables(set_aside))
+        return pa.concat_tables(scored)
 
 
 # --- rows -----------------------------------------------------------------------------------------

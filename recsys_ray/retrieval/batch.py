@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
@@ -31,7 +31,7 @@ from recsys_ray.artifacts import (
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.text_encoder import TextEncoderConfig, encoder_identity
-from recsys_ray.piecework import finished_piece, numbers, one_thread, run_pieces, write_piece
+from recsys_ray.piecework import run_pieces
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.lexical import LexicalConfig, LexicalStatistics
 from recsys_ray.retrieval.query_sets import (
@@ -167,24 +167,16 @@ class _ChunkRetriever:
         self.filters = Filters.model_validate(job.filters)
         self.queries = pq.read_table(Path(job.staging) / "queries.parquet", columns=["query_id", "query"])
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for number in numbers(batch):
-            self._retrieve(number)
-        return {"piece": np.asarray(batch["piece"])}
-
-    def _retrieve(self, number: int) -> None:
-        staging = Path(self.job.staging)
-        if finished_piece(staging, CANDIDATES, number) is not None:     # by an actor that died before it could say so
-            return
+    def make(self, number: int) -> pa.Table:
+        """The candidates of a chunk of queries."""
         rows = self.queries.slice(number * self.job.queries_per_file, self.job.queries_per_file)
-        write_piece(staging, CANDIDATES, number, self.retriever.retrieve(
-            rows["query_id"].to_pylist(), rows["query"].to_pylist(), self.job.top_k, self.filters))
+        return self.retriever.retrieve(rows["query_id"].to_pylist(), rows["query"].to_pylist(), self.job.top_k,
+                                       self.filters)
 
 
 def _load_encoder(job: _Job) -> Any:
     if job.identity is None:
         return None
-    one_thread()
     encoder = build_text_encoder(TextEncoderConfig.model_validate(job.encoder))
     if encoder.identity != job.identity:
         raise QuerySetError(f"{job.encoder['model']}: this node has another encoder than the driver; "

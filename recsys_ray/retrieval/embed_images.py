@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
@@ -24,7 +23,7 @@ from recsys_ray.data.image_files import ImageTable, with_bytes
 from recsys_ray.data.images import Pixels, decoded_images
 from recsys_ray.data.sources.blocks import Piece, Recipe, pieces_of, read_piece
 from recsys_ray.models.image_encoder import ImageEncoder, ImageEncoderConfig
-from recsys_ray.piecework import finished_piece, numbers, one_thread, piece_file, run_pieces, write_piece
+from recsys_ray.piecework import piece_file, run_pieces
 from recsys_ray.runtime import RayConfig
 from recsys_ray.schema import IMAGE, QUARANTINE
 
@@ -106,33 +105,25 @@ def _absolute(pretrained: str | None) -> str | None:
 
 
 class _PieceEmbedder:
-    """The actor: a loaded network that turns the number of a piece into a file."""
+    """A loaded network that turns the number of a piece into vectors."""
 
     def __init__(self, job: _Job) -> None:
-        one_thread()
         self.job, self.images = job, ImageTable.model_validate(job.images)
         self.encoder = ImageEncoder(ImageEncoderConfig.model_validate(job.encoder))
         if self.encoder.identity != job.identity:
             raise ArtifactError(f"{job.encoder['model']}: this node has other weights than the driver; install the "
                                 "same everywhere")
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        for number in numbers(batch):
-            self._embed(number)
-        return {"piece": np.asarray(batch["piece"])}
-
-    def _embed(self, number: int) -> None:
-        staging = Path(self.job.staging)
-        if finished_piece(staging, VECTORS, number) is not None:     # by an actor that died before it could say so
-            return
+    def make(self, number: int) -> pa.Table:
+        """The vectors of a piece; what cannot be had or read is set aside in a file of its own."""
         embedded, aside = [vector_schema(self.encoder.dimension).empty_table()], [QUARANTINE.empty_table()]
         for block in read_piece(*self.job.work[number]):
             usable, framed, refused = decoded_images(with_bytes(block, self.images), self.encoder.framing.frame,
                                                      self.images.limits)
             embedded.append(embed_rows(usable, framed, self.encoder))
             aside.append(refused)
-        write_table(staging, piece_file(ASIDE, number), pa.concat_tables(aside))
-        write_piece(staging, VECTORS, number, pa.concat_tables(embedded))
+        write_table(Path(self.job.staging), piece_file(ASIDE, number), pa.concat_tables(aside))
+        return pa.concat_tables(embedded)
 
 
 def embed_rows(images: pa.Table, framed: Sequence[Pixels], encoder: ImageEncoder) -> pa.Table:
