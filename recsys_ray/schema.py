@@ -123,6 +123,21 @@ CONCERN_LABEL = _schema(                # one row per product and concern
     ("split", pa.string()),
     required=("product_id", "concern", "rules", "conflict", "held_out", "split"),
 )
+ATTRIBUTE_ROW = _schema(                # what a product's words say of its looks; null: not said
+    ("product_id", pa.string()), ("category2", pa.string()),        # the kind of garment, or "graphic" (a pattern)
+    ("material", pa.string()), ("pattern", pa.string()), ("neckline", pa.string()), ("sleeve", pa.string()),
+    ("group_key", pa.string()), ("group_confidence", pa.float32()), # views and colours of one product share a key
+    ("evidence", TEXTS),                # "material: denim, in title", one entry for each value
+    required=("product_id", "evidence"),
+)
+ATTRIBUTE_PAIR_KINDS = ("strong_group", "strong_attributes", "medium", "weak", "hard_material", "hard_neckline",
+                        "hard_pattern", "easy")
+ATTRIBUTE_PAIR = _schema(
+    ("anchor_id", pa.string()), ("other_id", pa.string()),          # products
+    ("kind", pa.string()),              # one of ATTRIBUTE_PAIR_KINDS
+    ("label", pa.int8()),               # 1: alike (strong, medium, weak) | 0: not (hard, easy)
+    required=("anchor_id", "other_id", "kind", "label"),
+)
 ITEM = _schema(                         # a catalogue as the reranker sees it
     ("product_id", pa.string()), ("title", pa.string()), ("author", pa.string()), ("genres", TEXTS),
     ("text", pa.string()), ("popularity", pa.int64()),  # liked by so many training users
