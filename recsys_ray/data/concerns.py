@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from recsys_ray.data.concern_rulebook import IngredientRule, Rulebook, ingredient_id, kind_id
 from recsys_ray.data.ingredients import Ingredient, parse_ingredients
+from recsys_ray.data.phrases import singular
 
 Mode = Literal["seed", "positive_unlabelled"]
 PATH_SEPARATOR = " > "      # between the levels of a category
@@ -133,13 +134,7 @@ def _add(sides: dict[str, list[str]], concerns: Iterable[str], rule_id: str) -> 
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(map(_singular, re.findall(r"[^\W_]+", text.lower())))
-
-
-def _singular(word: str) -> str:
-    if re.search(r"(?:sh|ch|x|ss)es$", word):
-        return word[:-2]
-    return word[:-1] if len(word) > 3 and word.endswith("s") and not word.endswith("ss") else word
+    return tuple(map(singular, re.findall(r"[^\W_]+", text.lower())))
 
 
 def label_products(products: pa.Table, labeller: Labeller, withheld: Collection[str] = ()) -> pa.Table:

@@ -284,13 +284,27 @@ def test_finetune_bt_bert() -> None:
 def test_score_concerns() -> None:
     test_finetune_bt_bert()
     assert run_job("score_concerns", "workers=1", "model.device=cpu") == 0
-    assert manifest("concern-scores", "concern_scores").facts["rows"] > 400
+    scores = manifest("concern-scores", "concern_scores")
+    assert scores.facts["rows"] == scores.rows("scores/bucket-") > 50
+    assert scores.parents["prepared"] == manifest("prepared", "prepared").reference
 
 
 def test_explain_concerns() -> None:
     test_finetune_bt_bert()
     assert run_job("explain_concerns", "most_products=3", "model.device=cpu") == 0
     assert manifest("concern-explanations", "concern_explanations").facts["products"] == 3
+
+
+def test_concerns_reach_the_index_and_the_report() -> None:
+    test_score_concerns()
+    test_explain_concerns()
+    assert run_job("build_index", f"concerns={DEMO}/concern-scores", f"reasons={DEMO}/concern-explanations",
+                   f"output={DEMO}/index-concerns") == 0
+    assert set(manifest("index-concerns", "index").facts["concerns"]["names"]) == {
+        "redness", "eyebag", "acne", "oiliness", "wrinkle", "age", "moisture"}
+    assert run_job("write_report", f"concerns={{labels: {DEMO}/concern-labels, scores: {DEMO}/concern-scores, "
+                   f"reasons: {DEMO}/concern-explanations}}", f"output={DEMO}/report-concerns") == 0
+    assert "Beauty concerns" in (DEMO / "report-concerns/index.html").read_text("utf-8")
 
 
 def test_evaluate_concerns() -> None:
@@ -305,6 +319,14 @@ def test_evaluate_concerns() -> None:
 def test_embed_images() -> None:
     assert run_job("embed_images", "workers=1", "encoder.device=cpu") == 0
     assert manifest("image-vectors", "image_vectors").facts["rows"] == 5
+
+
+def test_label_attributes() -> None:
+    assert run_job("label_attributes") == 0
+    rows = manifest("attributes", "attributes")
+    assert rows.parents["prepared"] == manifest("prepared", "prepared").reference
+    assert 50 < rows.rows("attributes.parquet") < 300       # the garments among 500 products
+    assert min(rows.facts["known"].values()) > 0.3
 
 
 def test_realism_card() -> None:
