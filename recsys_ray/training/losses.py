@@ -120,6 +120,33 @@ def distillation_kl(student_BC: Tensor, teacher_BC: Tensor, positive_B: Tensor) 
     return (wanted_BC.exp() * difference_BC).sum(dim=1).masked_fill(alone_B, 0)
 
 
+def known_to_differ(anchor_BA: Tensor, positive_BA: Tensor, column_CA: Tensor) -> Tensor:
+    """True where a column may stand as a row's negative, (B, C), judged by attributes; -1 stands for unknown.
+
+    What makes a pair alike are the attributes on which anchor and positive are known to agree: a column that is not
+    known to differ from the anchor in one of them may be as good as the positive. Where they agree on nothing that is
+    known (views of one product), every column may.
+    """
+    shared_BA = (anchor_BA == positive_BA) & (anchor_BA >= 0)
+    differ_BCA = (anchor_BA[:, None] != column_CA[None]) & (column_CA[None] >= 0) & shared_BA[:, None]
+    return differ_BCA.any(dim=-1) | ~shared_BA.any(dim=-1)[:, None]
+
+
+def attribute_cross_entropy(logits: Mapping[str, Tensor], codes_BA: Tensor, weights: Mapping[str, float]) -> Tensor:
+    """The loss of each row, (B,): cross-entropies of its known attributes by weight (1 where none is given).
+
+        l_i = sum_a w_a [a known] CE(logits_a, value_a) / sum_a w_a
+
+    `logits` are (B, V) of each attribute in the order of the columns of `codes_BA`, -1 for an unknown value.
+    """
+    found = codes_BA.new_zeros(len(codes_BA), dtype=torch.float32)
+    for column, (name, logits_BV) in enumerate(logits.items()):
+        codes_B = codes_BA[:, column]
+        each_B = F.cross_entropy(logits_BV.float(), codes_B.clamp(min=0), reduction="none")
+        found = found + weights.get(name, 1.0) * torch.where(codes_B >= 0, each_B, 0.0)
+    return found / max(sum(weights.get(name, 1.0) for name in logits), 1e-12)
+
+
 def require_better_teacher(teacher: npt.ArrayLike, student: npt.ArrayLike, units: Units | None = None,
                            gate: GateConfig | None = None, resampling: Resampling | None = None) -> Comparison:
     """The paired comparison of a teacher with its student, if it shows the teacher to be better.

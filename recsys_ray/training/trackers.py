@@ -81,9 +81,10 @@ class Terminal:
         elif time.monotonic() - self._logged > TERMINAL_EVERY_S:
             self._logged = time.monotonic()
             accuracy = f", accuracy {values['accuracy']:.3f}" if "accuracy" in values else ""
-            log.info("step %d, %.0f %% done: loss %.4f%s, rate %.2e, %.0f tokens a second", step,
-                     100 * values["progress"], values["loss"], accuracy, values["learning_rate"],
-                     values["tokens"] / max(values["seconds"], 1e-9))
+            speed = (f", {values['tokens'] / max(values['seconds'], 1e-9):.0f} tokens a second" if "tokens" in values
+                     else "")
+            log.info("step %d, %.0f %% done: loss %.4f%s, rate %.2e%s", step, 100 * values["progress"], values["loss"],
+                     accuracy, values["learning_rate"], speed)
 
     def close(self) -> None:
         """Nothing to close."""

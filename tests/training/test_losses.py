@@ -18,9 +18,11 @@ from recsys_ray.evaluation.significance import Units
 from recsys_ray.training.contrastive import ContrastiveConfig, GuideScores, PairBatch, contrastive_backward
 from recsys_ray.training.losses import (
     TeacherError,
+    attribute_cross_entropy,
     distillation_kl,
     guided,
     info_nce,
+    known_to_differ,
     margin_mse,
     matryoshka,
     require_better_teacher,
@@ -287,3 +289,21 @@ def test_distillation_is_sentence_transformers(model: Any, kind: Any, temperatur
     ranked = ours(model, config.replace(distillation=None), *columns)
     found = [one - other for one, other in zip(whole[1], ranked[1], strict=True)]
     assert_equal((whole[0] - ranked[0], found), distilled)
+
+
+def test_a_column_stands_as_negative_only_where_it_is_known_to_differ_in_what_is_shared() -> None:
+    """Anchor (dress, denim, crew) and positive (dress, denim, unknown) share the first two."""
+    anchor = torch.tensor([[0, 4, 2], [0, 4, 2], [-1, -1, -1]])
+    positive = torch.tensor([[0, 4, -1], [1, 5, 3], [0, 4, 2]])
+    columns = torch.tensor([[0, 4, 3], [0, 5, 2], [1, -1, -1], [0, -1, -1], [-1, -1, -1]])
+    found = known_to_differ(anchor, positive, columns)
+    assert found[0].tolist() == [False, True, True, False, False]   # another neckline does not make it unlike
+    assert found[1].all()           # nothing known is shared (views of one product): every column may
+    assert found[2].all()
+
+
+def test_attribute_cross_entropy_by_hand() -> None:
+    """Two equal logits: log 2, four: log 4. Weights 1 and 2: (log 2 + 2 log 4) / 3; the second unknown: log 2 / 3."""
+    logits = {"material": torch.zeros(3, 2), "neckline": torch.zeros(3, 4)}
+    found = attribute_cross_entropy(logits, torch.tensor([[0, 3], [1, -1], [-1, -1]]), {"neckline": 2.0})
+    assert found.tolist() == pytest.approx([5 * math.log(2) / 3, math.log(2) / 3, 0.0], rel=1e-6)

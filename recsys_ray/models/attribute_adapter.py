@@ -1,0 +1,262 @@
+"""Residual heads on frozen towers, so that pictures of like attributes lie together; untrained they change nothing.
+
+With a picture's frozen vector v of unit length and a head f (linear, or an MLP), the adapted vector is
+
+    z = (v + f(v)) / |v + f(v)|,        f = 0 at the start
+
+so training begins at the frozen model, and weight decay pulls back to it. Texts of a tower that shares the pictures'
+space get such a head too; those of another encoder are projected into the space (`start_projection`), which has to be
+judged against chance, because there is no frozen model to compare with. Attribute heads are prototypes u_v of each
+value v, with logits s * z . u_v / |u_v|. A product's picture and text together are one vector
+
+    [sqrt(w) z_picture, sqrt(1 - w) z_text]
+
+whose inner product with another's is w times the pictures' similarity and 1 - w times the texts', with w learned. The
+temperature of the contrastive loss is kept as given: it is no parameter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F  # noqa: N812
+from pydantic import Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from recsys_ray.artifacts import sha256_of
+from recsys_ray.config import Config
+from recsys_ray.data.images import Pixels
+from recsys_ray.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from recsys_ray.models.registry import build_text_encoder
+from recsys_ray.models.sentence_layout import EncoderError, find_model
+from recsys_ray.models.text_encoder import TextEncoderConfig
+
+KIND = "attribute_adapter"      # of the artefact, and the name of its directory
+WEIGHTS, CARD = "adapter.safetensors", "adapter.json"
+FUSION_START = 0.7              # of the picture, as the source weighs it
+LOGIT_SCALE = 16.0              # of the prototypes' cosines, before it is learned
+ROWS = 8192                     # adapted at once
+
+Floats = npt.NDArray[np.float32]
+
+
+class HeadConfig(Config):
+    """How a head is made."""
+
+    kind: Literal["linear", "mlp"] = "linear"
+    hidden: int = Field(default=512, ge=1)              # of an MLP
+    # random: a plain projection in the place of the residual, which throws the frozen space away
+    start: Literal["identity", "random"] = "identity"
+
+
+class AdapterCard(Config):
+    """All that is needed beside the weights, and which towers they belong to."""
+
+    image: dict[str, Any]                       # identity of the frozen picture tower
+    text: dict[str, Any] | None = None          # of the text tower; None: pictures alone
+    head: HeadConfig = HeadConfig()
+    attributes: dict[str, tuple[str, ...]]      # attribute -> its values, in the order of the outputs
+    temperature: float = Field(default=0.07, gt=0)
+
+    @property
+    def dimension(self) -> int:
+        """Of the space."""
+        return int(self.image["dimension"])
+
+    @property
+    def shares_space(self) -> bool:
+        """Whether the text tower is the picture tower's own."""
+        return self.text is not None and self.text == self.image
+
+
+class Head(nn.Module):
+    """Vectors (N, D) of unit length -> adapted ones, (N, D) of unit length."""
+
+    def __init__(self, dimension: int, config: HeadConfig) -> None:
+        super().__init__()
+        self.residual = config.start == "identity"
+        last = nn.Linear(config.hidden if config.kind == "mlp" else dimension, dimension)
+        self.change: nn.Module = last
+        if config.kind == "mlp":
+            self.change = nn.Sequential(nn.Linear(dimension, config.hidden), nn.GELU(), last)
+        if self.residual:
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, vectors_ND: Tensor) -> Tensor:
+        """The adapted vectors."""
+        changed: Tensor = self.change(vectors_ND)
+        return F.normalize(vectors_ND + changed if self.residual else changed, dim=-1)
+
+
+class Projection(nn.Module):
+    """Vectors (N, T) of another encoder -> vectors (N, D) of unit length in the pictures' space."""
+
+    def __init__(self, source: int, dimension: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(source, dimension)
+
+    def forward(self, vectors_NT: Tensor) -> Tensor:
+        """The projected vectors."""
+        return F.normalize(self.linear(vectors_NT), dim=-1)
+
+    @torch.no_grad()
+    def start(self, texts_NT: Tensor, pictures_ND: Tensor, ridge: float = 0.1) -> None:
+        """Begin at the least-squares map from texts to pictures of the same products, with a ridge."""
+        middle_T, middle_D = texts_NT.mean(dim=0), pictures_ND.mean(dim=0)
+        centred_NT, wanted_ND = (texts_NT - middle_T).double(), (pictures_ND - middle_D).double()
+        gram_TT = centred_NT.T @ centred_NT / len(texts_NT)
+        gram_TT += ridge * gram_TT.diagonal().mean() * torch.eye(len(gram_TT), dtype=torch.float64)
+        solved_TD = torch.linalg.solve(gram_TT, centred_NT.T @ wanted_ND / len(texts_NT)).float()
+        self.linear.weight.copy_(solved_TD.T)
+        self.linear.bias.copy_(middle_D - middle_T @ solved_TD)
+
+
+class AttributeAdapter(nn.Module):
+    """The heads of one card; vectors go in as the frozen towers give them."""
+
+    def __init__(self, card: AdapterCard) -> None:
+        super().__init__()
+        self.card = card
+        self.image = Head(card.dimension, card.head)
+        self.text: Head | Projection | None = None
+        if card.text is not None:
+            self.text = (Head(card.dimension, card.head) if card.shares_space
+                         else Projection(int(card.text["dimension"]), card.dimension))
+            self.fusion = nn.Parameter(torch.logit(torch.tensor(FUSION_START)))
+        self.prototypes = nn.ParameterDict({
+            name: nn.Parameter(torch.randn(len(values), card.dimension)) for name, values in card.attributes.items()})
+        self.scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
+
+    @torch.no_grad()
+    def start_prototypes(self, vectors_ND: Tensor, codes_NA: Tensor) -> None:
+        """Begin each value's prototype at the middle of its pictures, seen from the middle of all.
+
+        `codes_NA` are values by their number in the card's order, -1 where unknown.
+        """
+        middle_D = vectors_ND.mean(dim=0)
+        for column, prototypes_VD in enumerate(self.prototypes.values()):
+            for value in range(len(prototypes_VD)):
+                own = codes_NA[:, column] == value
+                if own.any():
+                    prototypes_VD[value] = F.normalize(vectors_ND[own].mean(dim=0) - middle_D, dim=0)
+
+    def logits(self, adapted_ND: Tensor) -> dict[str, Tensor]:
+        """For each attribute the logits of its values, (N, V), of adapted pictures."""
+        return {name: self.scale * adapted_ND @ F.normalize(prototypes_VD, dim=-1).T
+                for name, prototypes_VD in self.prototypes.items()}
+
+    def image_weight(self) -> Tensor:
+        """w: how much of a product's similarity is its picture's."""
+        return torch.sigmoid(self.fusion)
+
+    def fuse(self, image_ND: Tensor, text_ND: Tensor) -> Tensor:
+        """Adapted pictures and texts of the same products as one vector each, (N, 2 D), of unit length."""
+        weight = self.image_weight()
+        return torch.cat([weight.sqrt() * image_ND, (1 - weight).sqrt() * text_ND], dim=-1)
+
+    @torch.inference_mode()
+    def adapt(self, vectors: Floats, side: Literal["image", "text"] = "image") -> Floats:
+        """Adapted vectors of frozen ones, float32 (N, D)."""
+        head = self.image if side == "image" else self.text
+        if head is None:
+            raise EncoderError("this adapter was trained without texts; train one with `embeddings`")
+        device = self.scale.device
+        parts = [head(torch.from_numpy(np.ascontiguousarray(vectors[start:start + ROWS])).to(device)).cpu().numpy()
+                 for start in range(0, len(vectors), ROWS)]
+        return np.concatenate(parts) if parts else np.zeros((0, self.card.dimension), dtype=np.float32)
+
+    def save(self, root: Path, readme: str = "") -> None:
+        """Write the weights, the card, and `readme` as README.md."""
+        root.mkdir(parents=True, exist_ok=True)
+        save_file({name: one.detach().cpu().contiguous() for name, one in self.state_dict().items()}, root / WEIGHTS)
+        (root / CARD).write_text(self.card.model_dump_json(indent=2), encoding="utf-8")
+        if readme:
+            (root / "README.md").write_text(readme, encoding="utf-8")
+
+    @classmethod
+    def load(cls, model: str) -> Self:
+        """The adapter of a folder or an artefact; raises `EncoderError` unless card and weights fit together."""
+        root = find_model(model, KIND)
+        try:
+            found = cls(AdapterCard.model_validate(json.loads((root / CARD).read_bytes())))
+            found.load_state_dict(load_file(root / WEIGHTS))
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise EncoderError(f"{root}: is no attribute adapter ({str(error).splitlines()[0][:300]}); train one with "
+                               "jobs/finetune_attribute_adapter.py") from None
+        return found.eval()
+
+
+def adapter_identity(model: str) -> dict[str, Any]:
+    """What decides whether two adapted vectors may be compared."""
+    root = find_model(model, KIND)
+    card = AdapterCard.model_validate(json.loads((root / CARD).read_bytes()))
+    return {**card.image, "adapter_sha256": sha256_of(root / WEIGHTS)}
+
+
+# --- towers ---------------------------------------------------------------------------------------
+class ImageTowerConfig(Config):
+    """A frozen network for pictures, and the adapter on it."""
+
+    encoder: ImageEncoderConfig = ImageEncoderConfig()
+    adapter: str | None = None                  # folder or artefact of finetune_attribute_adapter; None: frozen
+    text: TextEncoderConfig | None = None       # of an adapter whose texts come from another encoder
+
+
+class ImageTower:
+    """Pictures, and texts where there is a tower for them, as vectors of unit length in one space."""
+
+    def __init__(self, encoder: ImageEncoder, adapter: AttributeAdapter | None, identity: Mapping[str, Any],
+                 text: TextEncoderConfig | None) -> None:
+        self.encoder, self.adapter = encoder, adapter
+        self.identity, self.dimension, self.framing = dict(identity), encoder.dimension, encoder.framing
+        self._text = None if text is None else build_text_encoder(text)
+        if adapter is None or adapter.card.text is None or adapter.card.shares_space:
+            return
+        if self._text is not None and self._text.identity != adapter.card.text:
+            raise EncoderError("text: the adapter was trained with another text encoder; give the one of its card")
+
+    def encode(self, pictures: Sequence[Pixels]) -> Floats:
+        """Vectors of N pictures, float32 (N, D)."""
+        return self.adapt(self.encoder.encode_images(pictures))
+
+    def encode_framed(self, framed: Sequence[Pixels]) -> Floats:
+        """The same of pictures that `framing.frame` made ready."""
+        return self.adapt(self.encoder.encode_framed(framed))
+
+    def adapt(self, vectors: Floats) -> Floats:
+        """Vectors of this tower from those of its frozen network (the `image_vectors` artefact), (N, D)."""
+        return vectors if self.adapter is None else self.adapter.adapt(vectors)
+
+    def encode_texts(self, texts: Sequence[str]) -> Floats:
+        """Vectors of N texts in the pictures' space, (N, D); raises `EncoderError` where no tower reads texts."""
+        if self.adapter is None or self.adapter.card.text is None:
+            return self.encoder.encode_texts(texts)
+        if self.adapter.card.shares_space:
+            return self.adapter.adapt(self.encoder.encode_texts(texts), "text")
+        if self._text is None:
+            raise EncoderError("text: this adapter's texts come from an encoder of their own; say which")
+        return self.adapter.adapt(self._text.encode_queries(texts), "text")
+
+
+def load_image_tower(config: ImageTowerConfig) -> ImageTower:
+    """The tower of `config`: its identity is the frozen network's, with the adapter's hash where there is one.
+
+    Errors: `EncoderError` for a network or an adapter that cannot be loaded, or that do not belong together.
+    """
+    encoder = ImageEncoder(config.encoder)
+    if config.adapter is None:
+        return ImageTower(encoder, None, encoder.identity, None)
+    adapter = AttributeAdapter.load(config.adapter)
+    if adapter.card.image != encoder.identity:
+        raise EncoderError(f"adapter: {config.adapter} was trained on {adapter.card.image['model']} of other weights "
+                           f"than this {config.encoder.model}; embed with the network that its card names")
+    return ImageTower(encoder, adapter, adapter_identity(config.adapter), config.text)
