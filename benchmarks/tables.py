@@ -4,7 +4,7 @@
     python benchmarks/tables.py --check    exit 1 when README.md differs from what the results say
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`; `tables.yaml` says which headline
-figures of `results/NAME.json` it shows and how.
+figures of `results/NAME.json` it shows and how (`rows`), and which of its lists follow as tables (`records`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,28 @@ def render(name: str, layout: dict[str, Any], results: Path) -> str:
     for label, key, form in layout["rows"]:
         value = result["headline"].get(key)
         lines.append(f"| {label} | {'not measured' if value is None else format(value, form)} |")
+    for records in layout.get("records", []):
+        lines += ["", *_record_lines(records, result["tables"])]
     machine = result["machine"]
     lines.append(f"\n`{result['command']}` on {machine['cpu']}, {machine['cores']} cores, "
                  f"{result['created'][:10]}, commit {result['git_sha'][:10]}.")
     return "\n".join(lines) + "\n"
+
+
+def _record_lines(layout: dict[str, Any], tables: dict[str, Any]) -> list[str]:
+    """A list of the result, one line an entry; `at` and the columns' keys are dotted, the first column is a name."""
+    columns = layout["columns"]
+    lines = [f"| {' | '.join(label for label, _, _ in columns)} |", f"| ---{' | ---:' * (len(columns) - 1)} |"]
+    for record in _value(tables, layout["at"]):
+        values = [(_value(record, key), form) for _, key, form in columns]
+        lines.append(f"| {' | '.join('' if value is None else format(value, form) for value, form in values)} |")
+    return lines
+
+
+def _value(found: Any, dotted: str) -> Any:
+    for key in dotted.split("."):
+        found = found[key]
+    return found
 
 
 def rewrite(text: str, layouts: dict[str, Any], results: Path) -> str:
