@@ -11,6 +11,7 @@ from recsys_ray.models.sentence_layout import MINILM
 from recsys_ray.training.bge import FinetuneBgeConfig
 
 if TYPE_CHECKING:
+    from recsys_ray.training.attribute_adapter import FinetuneAttributeAdapterConfig
     from recsys_ray.training.bt_bert import FinetuneBtBertConfig
     from recsys_ray.training.cross_encoder import FinetuneCrossEncoderConfig
 
@@ -181,6 +182,63 @@ def bt_bert_card(config: FinetuneBtBertConfig, values: Mapping[str, Any], curve:
         validation=_validation("Products of the validation split", "macro_ap", values, curve),
         temperature=found["temperature"], thresholds=", ".join(
             f"{name} {found['thresholds'].get(name, 0.5):.2f}" for name in values["concerns"]))
+
+
+ADAPTER_CARD = """---
+library_name: recsys_ray
+tags: [fashion, image-retrieval, attributes]
+---
+
+# Pictures of like attributes close together: an adapter on {base}
+
+A residual head on frozen vectors; {attributes} values. Untrained it changes nothing.
+
+```python
+from recsys_ray.models.attribute_adapter import ImageTowerConfig, load_image_tower
+
+tower = load_image_tower(ImageTowerConfig(adapter="path/to/this/folder"))
+vectors = tower.encode(pictures)        # or tower.adapt(vectors) of the frozen network
+```
+
+## Training
+
+{pairs} pairs of {pictures} pictures, {steps} steps of {batch}{early}; code version {sha}.
+
+| setting | value |
+| --- | --- |
+{settings}
+
+The loss was {first_loss} over the first tenth of the steps and {last_loss} over the last.
+
+## Validation
+
+{validation}
+
+Attributes were read from the products' words, so these are shares of what shops say, not of what can be seen.
+"""
+
+
+def adapter_card(config: FinetuneAttributeAdapterConfig, image: Mapping[str, Any], values: Mapping[str, Any],
+                 curve: Sequence[Mapping[str, Any]]) -> str:
+    """The card of an adapter's run: `image` is the frozen tower's identity, `values` progress and counts."""
+    losses = [line["loss"] for line in curve if line.get("loss") is not None]
+    tenth, optim, loss = max(1, len(losses) // 10), config.optim, config.loss
+    weighed = {name: getattr(loss, name) for name in ("image", "text", "fused", "attributes")}
+    settings = {
+        "head": f"{config.head.kind}, {config.head.start} at the start", "temperature, kept": f"{loss.temperature:g}",
+        "loss": ", ".join(f"{name} {weight:g}" for name, weight in weighed.items()),
+        "attributes that count more": ", ".join(f"{name} {one:g}" for name, one in loss.attribute_weights.items()),
+        "boosts": config.sampler.boosts or "none", "caps": config.sampler.caps or "none",
+        "learning rate": f"{optim.learning_rate:g}, {optim.schedule}, {optim.warmup:.0%} warm-up",
+        "weight decay": optim.weight_decay, "seed": config.seed}
+    return ADAPTER_CARD.format(
+        base=image["model"], attributes=", ".join(f"{name} {one}" for name, one in values["attributes"].items()),
+        pairs=f"{sum(values['pairs'].values()):,}", pictures=f"{values['pictures']['train']:,}",
+        steps=f"{values['step']:,}", batch=config.sampler.batch_size * config.accumulate,
+        early=", stopped early" if values["stopped"] else "",
+        sha=git_sha(), settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
+        first_loss=_mean(losses[:tenth]), last_loss=_mean(losses[-tenth:]),
+        validation=_validation("Pictures of the validation split against each other", "attributes@10", values, curve))
 
 
 def _base(model: str) -> str:

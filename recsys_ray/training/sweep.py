@@ -1,8 +1,9 @@
 """Search over dotted keys of a training configuration with Ray Tune: many short runs, judged on the validation pairs.
 
-The pairs artefact holds no test split, so a sweep cannot open it. A trial writes below a directory
-named after its parameters: one that was killed, with its worker or with the whole sweep, continues
-from its own last checkpoint when the same command is run again.
+What is trained is a retriever, or the adapter of pictures (a configuration with `vectors`). The pairs
+artefact holds no test split and the adapter is judged on the valid split, so a sweep opens no test data.
+A trial writes below a directory named after its parameters: one that was killed, with its worker or
+with the whole sweep, continues from its own last checkpoint when the same command is run again.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from recsys_ray import runtime
 from recsys_ray.artifacts import write_text
 from recsys_ray.config import Config, ConfigError, fingerprint
 from recsys_ray.runtime import RayConfig
+from recsys_ray.training.attribute_adapter import FinetuneAttributeAdapterConfig
 from recsys_ray.training.bge import FinetuneBgeConfig
 
 log = logging.getLogger(__name__)
@@ -55,10 +57,19 @@ class Uniform(Config):
 Dimension = Annotated[Choice | Uniform, Field(union_mode="left_to_right")]
 
 
+def _trained(values: Any) -> str:
+    return "attribute_adapter" if "vectors" in (values if isinstance(values, dict) else dict(values)) else "retriever"
+
+
+Training = Annotated[Annotated[FinetuneBgeConfig, Tag("retriever")]
+                     | Annotated[FinetuneAttributeAdapterConfig, Tag("attribute_adapter")], Discriminator(_trained)]
+AnyTraining = FinetuneBgeConfig | FinetuneAttributeAdapterConfig
+
+
 class SweepConfig(Config):
     """What is searched, how long, and on how much of the machine."""
 
-    finetune: FinetuneBgeConfig                     # what every trial starts from; its output is not used
+    finetune: Training                              # what every trial starts from; its output is not used
     space: dict[str, Dimension] = Field(min_length=1)   # dotted key of finetune -> what to try
     output: Path                                    # directory of the sweep
     trials: int = Field(default=12, ge=1)
@@ -84,8 +95,8 @@ class SweepConfig(Config):
 def sweep(config: SweepConfig) -> Path:
     """Run or continue the sweep; returns its leaderboard.
 
-    Writes leaderboard.json (every trial, best first, and counts), best.yaml (a configuration that
-    finetune_bge takes) and importance.png below `output`. A trial that fails is counted and does not
+    Writes leaderboard.json (every trial, best first, and counts), best.yaml (a configuration that the
+    training's own job takes) and importance.png below `output`. A trial that fails is counted and does not
     stop the others. Errors: `ConfigError` for a key that the training does not have, or when the
     directory holds a sweep over another space.
     """
@@ -191,7 +202,7 @@ def _number(dimension: Uniform, value: float) -> float | int:
     return int(value) if dimension.whole else value
 
 
-def _with(base: FinetuneBgeConfig, values: Mapping[str, Any]) -> FinetuneBgeConfig:
+def _with(base: AnyTraining, values: Mapping[str, Any]) -> AnyTraining:
     """`base` with dotted keys replaced; an unknown key or a bad value raises, naming it."""
     document = base.model_dump(mode="json")
     for key, value in values.items():
@@ -203,26 +214,34 @@ def _with(base: FinetuneBgeConfig, values: Mapping[str, Any]) -> FinetuneBgeConf
             raise ValueError(f"space: {key!r} is no key of the training; {path[-1] if path else 'it'} has "
                              f"{', '.join(place) if isinstance(place, dict) else 'no keys'}")
         place[last] = json.loads(value) if isinstance(value, str) and value[:1] in "[{" else value
-    return FinetuneBgeConfig.model_validate(document)
+    return type(base).model_validate(document)
 
 
-def trial_config(config: SweepConfig, values: Mapping[str, Any]) -> FinetuneBgeConfig:
-    """The training of one trial; equal parameters give the same directory, so a killed trial continues."""
-    name = fingerprint(dict(values))[:16]
-    return _with(config.finetune, values).replace(output=config.output.resolve() / "trials" / name)
+def trial_config(config: SweepConfig, values: Mapping[str, Any]) -> AnyTraining:
+    """The training of one trial; equal parameters give the same directory, so a killed trial continues.
+
+    A trial passes no gate: it is a figure to compare, and the best one is trained again to be published.
+    """
+    found = _with(config.finetune, values)
+    ungated = {"force": True} if isinstance(found, FinetuneAttributeAdapterConfig) else {}
+    return found.replace(output=config.output.resolve() / "trials" / fingerprint(dict(values))[:16], **ungated)
 
 
 def _trial(values: dict[str, Any], settings: dict[str, Any]) -> None:
     from ray import tune
 
-    from recsys_ray.training.launch import finetune_here
+    from recsys_ray.training import attribute_adapter_run, launch
 
     config = SweepConfig.model_validate(settings)
 
     def report(step: int, value: float) -> None:
         tune.report({METRIC: value, "step": step})
 
-    finetune_here(trial_config(config, values), report)
+    trial = trial_config(config, values)
+    if isinstance(trial, FinetuneAttributeAdapterConfig):
+        attribute_adapter_run.finetune_here(trial, report)
+    else:
+        launch.finetune_here(trial, report)
 
 
 def _row(result: Any) -> dict[str, Any]:

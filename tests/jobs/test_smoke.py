@@ -329,6 +329,19 @@ def test_label_attributes() -> None:
     assert min(rows.facts["known"].values()) > 0.3
 
 
+def test_finetune_attribute_adapter() -> None:
+    """Of the same products more pictures than the flow needs, so that some garments share a kind."""
+    assert run_job("label_attributes") == 0
+    assert run_job("make_demo_shop", *SHOP[:2], "queries=0", "image_products=100", f"output={DEMO}/pictured") == 0
+    assert run_job("embed_images", "workers=1", "encoder.device=cpu", f"images.path={DEMO}/pictured/public/images",
+                   f"output={DEMO}/pictured-vectors") == 0
+    assert run_job("finetune_attribute_adapter", f"vectors={DEMO}/pictured-vectors", "pairs=null", "workers.count=0",
+                   "max_steps=2", "evaluate_every=2", "sampler.batch_size=8", "gate.min_units=2", "force=true") == 0
+    adapter = manifest("attribute-adapter", "attribute_adapter")
+    assert adapter.facts["pictures"]["train"] > 10
+    assert adapter.parents["attributes"] == manifest("attributes", "attributes").reference
+
+
 def test_realism_card() -> None:
     assert run_job("realism_card", "sample=50") == 0
     assert json.loads((DEMO / "realism.json").read_text())

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from small_pairs import write_pairs
 
 from recsys_ray.config import load_config
+from recsys_ray.training.attribute_adapter import FinetuneAttributeAdapterConfig
 from recsys_ray.training.bge import FinetuneBgeConfig
 from recsys_ray.training.sweep import SweepConfig, importances, trial_config
 
@@ -53,6 +54,19 @@ def test_equal_parameters_give_one_directory(tmp_path: Path) -> None:
     assert one.contrastive == config.finetune.contrastive
     assert one.output == trial_config(config, {"sampler.batch_size": 16, "optim.learning_rate": 3e-4}).output
     assert one.output != trial_config(config, {"optim.learning_rate": 3e-4, "sampler.batch_size": 8}).output
+
+
+def test_the_adapter_of_pictures_is_searched_over_boosts_and_weights_of_the_loss(tmp_path: Path) -> None:
+    config = SweepConfig.model_validate({
+        "finetune": {"vectors": tmp_path / "vectors", "output": tmp_path / "unused",
+                     "sampler": {"boosts": {"material": {"denim": 3}}}},
+        "space": {"sampler.boosts.material.denim": {"low": 1, "high": 5}, "loss.attributes": {"choice": [0.1, 0.3]},
+                  "loss.attribute_weights.neckline": {"choice": [1, 2, 4]}}, "output": tmp_path / "sweep"})
+    one = trial_config(config, {"sampler.boosts.material.denim": 4.5, "loss.attributes": 0.1})
+    assert isinstance(one, FinetuneAttributeAdapterConfig)
+    assert (one.sampler.boosts["material"]["denim"], one.loss.attributes, one.force) == (4.5, 0.1, True)
+    with pytest.raises(ValueError, match=r"'sampler.boosts.material.demin' is no key of the training; material has"):
+        SweepConfig.model_validate({**config.model_dump(), "space": {"sampler.boosts.material.demin": {"choice": [1]}}})
 
 
 def test_the_parameter_that_decides_is_the_important_one(tmp_path: Path) -> None:
