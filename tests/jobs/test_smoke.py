@@ -342,6 +342,16 @@ def test_finetune_attribute_adapter() -> None:
     assert adapter.parents["attributes"] == manifest("attributes", "attributes").reference
 
 
+def test_make_attribute_pairs() -> None:
+    """Mined in texts: the small shop has too few pictures to pair."""
+    assert run_job("label_attributes") == 0
+    assert run_job("make_attribute_pairs", "vectors.images=null", f"vectors.texts={DEMO}/embeddings",
+                   "pairs.contradictions=kept") == 0
+    pairs = manifest("attribute-pairs", "attribute_pairs")
+    assert pairs.rows("pairs/train.parquet") > 100
+    assert pairs.parents["attributes"] == manifest("attributes", "attributes").reference
+
+
 def test_realism_card() -> None:
     assert run_job("realism_card", "sample=50") == 0
     assert json.loads((DEMO / "realism.json").read_text())
