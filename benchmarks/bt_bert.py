@@ -7,7 +7,8 @@ rules. A cell is a process and a file of its own below `cells`; a rerun makes on
 
     model/<row>/<seed>      a recipe: the figures of every logit, of the second input, of the explicit model
     low/<row>/<share>       the same from a share of the products
-    new/<replay|forget>     concerns added in one epoch to a model of the others, with and without their replay
+    new/base                a model of all concerns but a few
+    new/<replay|forget>     those few added to it in one epoch, with and without a replay of the others
     rules/<row>/1           trained on rules of which some are withheld; scored on what only those say
     why/<row>/1             explanations against the planted actives
     robust/<row>/1          other words for the concerns, lists shuffled and cut short
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,9 @@ from bt_bert_speed import speed
 from bt_bert_table import summary
 from cells import is_current, make_missing, merged, read_cell, write_cell
 
-from recsys_ray.artifacts import Artifact, open_artifact, write_table
+from recsys_ray.artifacts import Artifact, current_version, open_artifact, write_table
 from recsys_ray.config import Config, main
+from recsys_ray.data.concern_data import STAGE_VERSION as LABELS_VERSION
 from recsys_ray.data.concern_data import LabelConcernsConfig, label_concerns
 from recsys_ray.data.concern_rulebook import load_rules
 from recsys_ray.data.concern_splits import ConcernSplitConfig
@@ -48,6 +51,7 @@ from recsys_ray.evaluation.explain import (
     chance_weights,
     deletion_insertion,
     occlusion,
+    order_of,
     precision,
     ranked_attention,
 )
@@ -57,10 +61,12 @@ from recsys_ray.models.bt_bert import Concern
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer
 from recsys_ray.models.sentence_layout import EncoderError, find_model
 from recsys_ray.runtime import RayConfig, connected
+from recsys_ray.training.bt_bert import STAGE_VERSION as TRAINING_VERSION
 from recsys_ray.training.bt_bert import FinetuneBtBertConfig
 from recsys_ray.training.bt_bert_run import finetune_here
 
 log = logging.getLogger(__name__)
+WAYS = ("base", "replay", "forget")     # of the cells new/<way>; the others begin from the first
 
 
 class JobConfig(Config):
@@ -77,6 +83,7 @@ class JobConfig(Config):
     rule_rows: tuple[str, ...] = ("presoftmax", "explicit")
     withheld_rules: tuple[str, ...]
     explained: int = Field(default=60, ge=1)            # answers
+    changed: int = Field(default=150, ge=1)             # test products whose input is changed
     timed_products: int = Field(default=150, ge=2)
     timed_rounds: int = Field(default=3, ge=1)
     split: ConcernSplitConfig = ConcernSplitConfig(train=0.6, valid=0.1)
@@ -96,8 +103,8 @@ def run(config: JobConfig) -> Path | None:
     if not all(is_made(config, name) for name in names(config)):
         _ready(config)
     every = names(config)
-    alone = every[-1:]
-    for some, parallel in ((every[:1], 1), (every[:-1], config.parallel), (alone, 1)):  # the first is explained later
+    needed, alone = list(dependants(config)), every[-1:]    # others begin from models of the first ones
+    for some, parallel in ((needed, config.parallel), (every[:-1], config.parallel), (alone, 1)):
         make_missing(__file__, some, lambda name: is_made(config, name), config.work / "logs", parallel)
     cells = {name: read_cell(cell_file(config, name)) for name in every}
     planted = pq.read_table(config.work / "shop" / "truth" / "concerns.parquet")
@@ -111,13 +118,19 @@ def run(config: JobConfig) -> Path | None:
 
 def names(config: JobConfig) -> list[str]:
     """All cells, the most wanted first."""
-    return [*(f"model/{row}/{seed}" for turn in range(max(map(len, config.seeds.values())))
-              for row, seeds in config.seeds.items() for seed in seeds[turn:turn + 1]),
-            *(f"{kind}/{row}/1" for kind in ("why", "robust") for row in config.low_rows[:1]),
-            "new/replay", "new/forget",
+    rows = [f"model/{row}/{seed}" for turn in range(max(map(len, config.seeds.values())))
+            for row, seeds in config.seeds.items() for seed in seeds[turn:turn + 1]]
+    return [*rows, *(f"{kind}/{config.low_rows[0]}/1" for kind in ("why", "robust")), *(f"new/{way}" for way in WAYS),
             *(f"rules/{row}/1" for row in config.rule_rows),
             *(f"low/{row}/{share:g}" for row in config.low_rows for share in config.low_shares),
             f"speed/{config.low_rows[0]}/1"]
+
+
+def dependants(config: JobConfig) -> dict[str, list[str]]:
+    """The cells that begin from the model of another one, by that one."""
+    row = config.low_rows[0]
+    return {f"model/{row}/1": [f"{kind}/{row}/1" for kind in ("why", "robust", "speed")],
+            f"new/{WAYS[0]}": [f"new/{way}" for way in WAYS[1:]]}
 
 
 def cell_file(config: JobConfig, name: str) -> Path:
@@ -126,21 +139,26 @@ def cell_file(config: JobConfig, name: str) -> Path:
 
 
 def is_made(config: JobConfig, name: str) -> bool:
-    """Whether the cell is there and current."""
-    return is_current(cell_file(config, name), _identity(config, name))
+    """Whether the cell is there and current, and its model, too, where a missing cell needs that."""
+    if not is_current(cell_file(config, name), _identity(config, name)):
+        return False
+    waiting = [one for one in dependants(config).get(name, ()) if not is_made(config, one)]
+    return not waiting or current_version(config.work / "models" / name) is not None
 
 
 def _identity(config: JobConfig, name: str) -> dict[str, Any]:
     kind, row, *_ = name.split("/")
-    known = {"shop": config.shop.identity(), "generator": [GENERATOR_VERSION, generator_hash()], "cell": name,
+    known = {"code": [TRAINING_VERSION, LABELS_VERSION], "shop": config.shop.identity(),
+             "generator": [GENERATOR_VERSION, generator_hash()], "cell": name,
              "split": config.split.model_dump(mode="json"), "common": config.finetune,
              "cpu_seconds": config.cpu_seconds, "row": config.rows[config.low_rows[0] if kind == "new" else row]}
     if kind == "new":
         known["new"] = list(config.new_concerns)
-    if kind == "rules":
-        known |= {"withheld": list(config.withheld_rules), "rules": load_rules().digest}
-    return known | ({"explained": config.explained} if kind == "why" else {}) | (
-        {"products": config.timed_products, "rounds": config.timed_rounds} if kind == "speed" else {})
+    if kind in ("rules", "why", "robust"):
+        known["rules"] = load_rules().digest
+    return known | {"rules": {"withheld": list(config.withheld_rules)}, "why": {"explained": config.explained},
+                    "robust": {"changed": config.changed},
+                    "speed": {"products": config.timed_products, "rounds": config.timed_rounds}}.get(kind, {})
 
 
 # --- what cells share -----------------------------------------------------------------------------
@@ -196,7 +214,10 @@ def _make_cell(config: JobConfig, name: str) -> None:
 
     torch.set_num_threads(1)
     kind, row, *rest = name.split("/")
-    if kind == "why":
+    if name == f"new/{WAYS[0]}":
+        model, facts = _base(config)
+        document = {"training": facts, **_probabilities(model, _tested(_labels(config)))}
+    elif kind == "why":
         document = _explained(config, row)
     elif kind == "new":
         document = _extended(config, row)
@@ -210,12 +231,15 @@ def _make_cell(config: JobConfig, name: str) -> None:
         seed = 1 if kind == "low" else int(rest[0])
         model, facts = _train(config, name, labels, row, seed, config.cpu_seconds * share, train_share=share)
         document = {"training": facts, **_probabilities(model, _tested(_labels(config, labels)))}
-    write_cell(cell_file(config, name), _identity(config, name), {"cell": name, **document})
+    write_cell(cell_file(config, name), _identity(config, name), {"cell": name, "cpu_seconds": time.process_time(),
+                                                                  **document})
 
 
 def _changed(config: JobConfig, row: str) -> dict[str, Any]:
     """Probabilities for the test products when the input changes and the truth does not (order aside)."""
-    model, products, book = config.work / "models" / "model" / row / "1", _tested(_labels(config)), load_rules()
+    model, book = config.work / "models" / "model" / row / "1", load_rules()
+    products = _tested(_labels(config))
+    products = products.take(np.sort(np.random.default_rng(1).permutation(products.num_rows)[:config.changed]))
     lists = [[one.written for one in parse_ingredients(text, book.synonyms)]
              for text in products["ingredients"].to_pylist()]
     random = np.random.default_rng(1)
@@ -251,16 +275,17 @@ def _probabilities(model: Path, products: pa.Table, concerns: Sequence[Concern] 
                               for column, name in enumerate(scorer.card.names())}}
 
 
-def _extended(config: JobConfig, way: str) -> dict[str, Any]:
-    """One epoch on all concerns from a model of the old ones, or on the new ones alone."""
-    row = config.low_rows[0]
+def _base(config: JobConfig) -> tuple[Path, dict[str, Any]]:
+    """A model of the old concerns alone."""
     old = [name for name in _labels(config).manifest.facts["concerns"] if name not in config.new_concerns]
-    base, facts = _train(config, f"new/base-{way}", "annotated", row, 1, config.cpu_seconds, concerns=tuple(old))
-    model, added = _train(config, f"new/{way}", "annotated", row, 1, model=str(base), epochs=1,
-                          replay=float(way == "replay"))
-    products = _tested(_labels(config))
-    return {"training": added, "base": _probabilities(base, products) | {"training": facts},
-            **_probabilities(model, products)}
+    return _train(config, f"new/{WAYS[0]}", "annotated", config.low_rows[0], 1, config.cpu_seconds, concerns=tuple(old))
+
+
+def _extended(config: JobConfig, way: str) -> dict[str, Any]:
+    """One epoch on all concerns from the model of the old ones, or on the new ones alone."""
+    model, added = _train(config, f"new/{way}", "annotated", config.low_rows[0], 1, model=str(_base(config)[0]),
+                          epochs=1, replay=float(way == "replay"))
+    return {"training": added, **_probabilities(model, _tested(_labels(config)))}
 
 
 def _timed(config: JobConfig, row: str) -> dict[str, Any]:
@@ -291,7 +316,9 @@ def _explained(config: JobConfig, row: str) -> dict[str, Any]:
         weights = {"attention": ranked_attention(reader.attention(pair.ids), pair, owners, len(listed.ingredients)),
                    "occlusion": occlusion(scorer, concern, listed), "chance": chance_weights(listed, len(figures))}
         figures.append({"product_id": name, "concern": concern.name, "actives": len(acting), **{
-            method: [precision(found, acting), *deletion_insertion(scorer, concern, listed, found)]
+            method: [precision(found, acting), len(acting) and sum(
+                place in acting for place in order_of(found)[:3].tolist()) / 3,
+                     *deletion_insertion(scorer, concern, listed, found)]
             for method, found in weights.items()}})
     return {"answers": figures}
 

@@ -57,6 +57,8 @@ def summary(cells: Cells, annotated: Artifact, ruled: Artifact, truth: pa.Table,
                  _speed(cells)):
         headline |= more[0]
         tables |= more[1]
+    tables["cost"] = {"CPU seconds of all cells": round(sum(cell["cpu_seconds"] for cell in cells.values())),
+                      "by cell": {name: round(cell["cpu_seconds"]) for name, cell in cells.items()}}
     lowest = min(min(some) for some in cells["model/literal_softmax16/1"]["probabilities"].values())
     return headline | {"literal_min_probability": lowest}, tables
 
@@ -132,7 +134,7 @@ def _new(cells: Cells, sheet: ConcernSheet, joint: ConcernScores, new: Sequence[
         systems = {"joint": ConcernScores(joint.probability[:, columns], joint.threshold[columns]),
                    "replay": scores_of(cells["new/replay"], own), "forget": scores_of(cells["new/forget"], own)}
         if part == "old":
-            systems["before"] = scores_of(cells["new/replay"]["base"], own)
+            systems["before"] = scores_of(cells["new/base"], own)
         found[part] = {row["system"]: row["mean"] for row in measure(own, systems)
                        if row["concern"] == MACRO and row["metric"] == "AP"}
     return ({"new_concern_ap_gap": found["new"]["joint"] - found["new"]["replay"],
@@ -154,20 +156,28 @@ def _rules(cells: Cells, labels: Artifact, book: Rulebook) -> tuple[dict[str, fl
 
 
 def _explanations(cells: Cells) -> tuple[dict[str, float], dict[str, Any]]:
-    """Precision and the areas of deletion and insertion of each way to explain, means over answers."""
+    """Precision and the areas of deletion and insertion of each way to explain, means over answers.
+
+    precision@3 divides by min(3, actives), so that a product with one active can reach 1; `of three` divides by 3, and
+    `of three, at best` is what a perfect explanation reaches there.
+    """
     cell = next(cell for name, cell in cells.items() if name.startswith("why/"))
-    found = {method: dict(zip(("precision@3", "deletion", "insertion"), np.nanmean(
+    found = {method: dict(zip(("precision@3", "of three", "deletion", "insertion"), np.nanmean(
         [one[method] for one in cell["answers"]], axis=0).round(4).tolist(), strict=True)) for method in METHODS}
     best, chance = found["occlusion"]["precision@3"], found["chance"]["precision@3"]
     return ({"explanation_precision3": best, "explanation_vs_random": best / max(chance, 1e-9)},
-            {"explanations": {"answers": len(cell["answers"]), **found}})
+            {"explanations": {"answers": len(cell["answers"]), **found, "of three, at best": float(np.mean(
+                [min(3, one["actives"]) / 3 for one in cell["answers"]]))}})
 
 
 def _robust(cells: Cells, sheet: ConcernSheet) -> tuple[dict[str, float], dict[str, Any]]:
     """Macro AP when the input changes; a shuffled list is another product, since order says how much is in it."""
     cell = next(cell for name, cell in cells.items() if name.startswith("robust/"))
+    kept = np.isin(sheet.product_ids, next(iter(cell["ways"].values()))["product_ids"])
+    sheet = ConcernSheet(tuple(np.array(sheet.product_ids, dtype=object)[kept]), sheet.group_ids[kept], sheet.concerns,
+                         sheet.target[kept])
     rows = measure(sheet, {way: scores_of(found, sheet) for way, found in cell["ways"].items()})
-    return {}, {"changed inputs": {"paraphrases": cell["paraphrases"], "macro AP": {
+    return {}, {"changed inputs": {"products": len(sheet.product_ids), "paraphrases": cell["paraphrases"], "macro AP": {
         row["system"]: row["mean"] for row in rows if row["concern"] == MACRO and row["metric"] == "AP"}}}
 
 

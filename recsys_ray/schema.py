@@ -123,6 +123,8 @@ CONCERN_LABEL = _schema(                # one row per product and concern
     ("split", pa.string()),
     required=("product_id", "concern", "rules", "conflict", "held_out", "split"),
 )
+CONCERN_PROBABILITIES = pa.map_(pa.string(), pa.float32())      # by concern
+CONCERN_REASONS = pa.map_(pa.string(), TEXTS)                   # by concern, the ingredients it rests on
 ATTRIBUTE_ROW = _schema(                # what a product's words say of its looks; null: not said
     ("product_id", pa.string()), ("category2", pa.string()),        # the kind of garment, or "graphic" (a pattern)
     ("material", pa.string()), ("pattern", pa.string()), ("neckline", pa.string()), ("sleeve", pa.string()),

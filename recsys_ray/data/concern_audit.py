@@ -86,7 +86,7 @@ def _rules(rows: Sequence[Row], book: Rulebook) -> list[Row]:
     found = [{"rule": rule_id, "for": [one for one in rule.speaks_for if one in book.concerns],
               "against": [one for one in rule.against if one in book.concerns],
               "labels": labels[rule_id], "alone": alone[rule_id], "in_conflict": opposed[rule_id],
-              "source": rule.source} for rule_id, rule in speaking]
+              "source": rule.source, "verified": rule.verified} for rule_id, rule in speaking]
     found = [row for row in found if row["for"] or row["against"]]
     return sorted(found, key=lambda row: (-row["labels"], row["rule"]))
 

@@ -40,6 +40,7 @@ class _Speaks(Config):
     speaks_for: tuple[str, ...] = Field(default=(), alias="for")
     against: tuple[str, ...] = ()
     source: str = Field(min_length=10)      # who says so
+    verified: bool = False                  # whether the source was read and does say so
 
     @model_validator(mode="after")
     def _one_side(self) -> Self:

@@ -23,11 +23,11 @@ def concern_page(document: Mapping[str, Any], rows: pa.Table) -> str:
     means = {(row["system"], row["concern"], row["metric"]): row for row in document["means"]}
     held = document["held_out"]
     return environment.get_template("concern_evaluation.html").render(
-        document=document, means=means, macro=MACRO, metrics=list(METRICS), figures=_figures(document, rows),
+        document=document, means=means, macro=MACRO, metrics=list(METRICS), figures=concern_figures(document, rows),
         held={(row["system"], row["concern"], row["metric"]): row for row in held["means"]} if held else None)
 
 
-def _figures(document: Mapping[str, Any], rows: pa.Table) -> list[dict[str, str]]:
+def concern_figures(document: Mapping[str, Any], rows: pa.Table) -> list[dict[str, str]]:
     """Title, caption and SVG of each picture."""
     name = document["name"]
     concern = np.array(rows["concern"].to_pylist(), dtype=object)

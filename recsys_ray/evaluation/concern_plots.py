@@ -53,6 +53,16 @@ def reliability(panels: Mapping[str, tuple[Floats, Floats]], alt: str) -> str:
     return _panels(list(panels), draw, ("probability", "share of positives"), alt)
 
 
+def shares(counts: Mapping[str, Sequence[int]], alt: str) -> str:
+    """One panel a concern: how many products have a probability in each of equal bins from 0 to 1."""
+    def draw(axes: Any, concern: str) -> None:
+        bins = len(counts[concern])
+        axes.bar((np.arange(bins) + 0.5) / bins, counts[concern], width=0.9 / bins, color=SERIES[0], linewidth=0)
+        axes.set_xlim(0, 1)
+
+    return _panels(list(counts), draw, ("probability", "products"), alt)
+
+
 def confusion_matrices(counts: Mapping[str, Mapping[str, int]], alt: str) -> str:
     """One panel a concern: yes and no of the system by column, of the label by row; colour is the share of the row."""
     def draw(axes: Any, concern: str) -> None:

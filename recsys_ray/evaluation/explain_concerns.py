@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 from collections.abc import Iterator
@@ -11,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pa_csv
 from pydantic import Field
 
 from recsys_ray.artifacts import Artifact, find_artifact, stage, sweep_staging, write_text
@@ -28,10 +28,12 @@ from recsys_ray.models.sentence_layout import find_model
 log = logging.getLogger(__name__)
 
 KIND = "concern_explanations"
-STAGE_VERSION = 1       # raise it when the same inputs would give other explanations
+STAGE_VERSION = 2       # raise it when the same inputs would give other explanations
 METHODS = {"occlusion": "how much the logit falls without the ingredient",
            "attention": "what the query's tokens attend to in the layer before the last"}
-COLUMNS = ("product_id", "concern", "probability", "method", "rank", "ingredient", "weight")
+TABLE = pa.schema([("product_id", pa.string()), ("concern", pa.string()), ("probability", pa.float64()),
+                   ("method", pa.string()), ("rank", pa.int32()), ("ingredient", pa.string()),
+                   ("weight", pa.float64())])
 Row = dict[str, Any]
 
 
@@ -49,14 +51,16 @@ class ExplainConcernsConfig(Config):
 
 
 def explain_concerns(config: ExplainConcernsConfig) -> Artifact:
-    """The `concern_explanations` artefact: explanations.csv, explanations.json and index.html, of every answer that
-    is a yes: a probability from the concern's threshold on.
+    """The `concern_explanations` artefact: explanations.csv and .parquet (the first `top` ingredients of each answer
+    and method), explanations.json (all of them) and index.html, of every answer that is a yes: a probability from the
+    concern's threshold on.
 
-    Facts: products, answers, methods. Errors: `ValueError` when no product has an ingredient list.
+    Facts: model (identity), products, answers, methods. Errors: `ValueError` when no product has an ingredient list.
     """
     book = load_rules(config.rules)
+    identity = bt_bert_identity(config.model)
     key = fingerprint({
-        "stage": STAGE_VERSION, "model": bt_bert_identity(config.model), "rules": book.digest,
+        "stage": STAGE_VERSION, "model": identity, "rules": book.digest,
         "options": config.model_dump(mode="json", exclude={"output", "model", "rules"}),
         "products": config.products.states(),
         "parents": {name: one.fingerprint for name, one in config.products.parents().items()}})
@@ -76,11 +80,13 @@ def explain_concerns(config: ExplainConcernsConfig) -> Artifact:
     with stage(config.output.resolve(), KIND, key) as staging:
         sweep_staging(config.output.resolve(), key)
         write_text(staging.path / "explanations.json", json.dumps(answers, ensure_ascii=False, indent=1))
-        write_text(staging.path / "explanations.csv", _csv(answers, config.top))
+        table = _table(answers, config.top)
+        pa_csv.write_csv(table, staging.path / "explanations.csv")
         write_text(staging.path / "index.html", _page(answers[:config.shown]))
-        files = [staging.entry(name) for name in ("explanations.json", "explanations.csv", "index.html")]
+        files = [staging.write_table("explanations.parquet", table),
+                 *(staging.entry(name) for name in ("explanations.json", "explanations.csv", "index.html"))]
         return staging.commit(files, config=config, parents=config.products.parents(), facts={
-            "products": len(listed), "answers": len(answers), "methods": list(METHODS)})
+            "model": identity, "products": len(listed), "answers": len(answers), "methods": list(METHODS)})
 
 
 def _answers(config: ExplainConcernsConfig, listed: dict[str, Listed]) -> Iterator[Row]:
@@ -104,17 +110,13 @@ def _weights(scorer: BtBertScorer, reader: AttentionReader, concern: Concern, li
     return {"occlusion": occlusion(scorer, concern, listed), "attention": attention}
 
 
-def _csv(answers: list[Row], top: int) -> str:
-    """The first `top` ingredients of each answer and method, one a line."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    for answer in answers:
-        for method, weights in answer["weights"].items():
-            for rank, place in enumerate(order_of(np.array(weights))[:top].tolist(), start=1):
-                writer.writerow([answer["product_id"], answer["concern"], answer["probability"], method, rank,
-                                 answer["ingredients"][place], weights[place]])
-    return stream.getvalue()
+def _table(answers: list[Row], top: int) -> pa.Table:
+    """The first `top` ingredients of each answer and method, one a row."""
+    rows = [{"product_id": answer["product_id"], "concern": answer["concern"], "probability": answer["probability"],
+             "method": method, "rank": rank, "ingredient": answer["ingredients"][place], "weight": weights[place]}
+            for answer in answers for method, weights in answer["weights"].items()
+            for rank, place in enumerate(order_of(np.array(weights))[:top].tolist(), start=1)]
+    return pa.Table.from_pylist(rows, schema=TABLE)
 
 
 def _page(answers: list[Row]) -> str:

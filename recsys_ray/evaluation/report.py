@@ -21,6 +21,7 @@ from recsys_ray.artifacts import Artifact, Manifest, git_sha, open_artifact, wri
 from recsys_ray.config import Config
 from recsys_ray.evaluation import plots
 from recsys_ray.evaluation.baselines import ORACLE, POPULARITY
+from recsys_ray.evaluation.concern_section import ConcernSectionConfig, concern_section, section_figures
 from recsys_ray.evaluation.examples import example_rows
 from recsys_ray.evaluation.lineage import lineage, lineage_svg, lineage_table
 from recsys_ray.evaluation.ranker_figures import explanation_figures
@@ -50,6 +51,7 @@ class ReportConfig(Config):
     examples: ExamplesConfig | None = None
     index: Path | None = None
     ranker: Path | None = None          # trees of train_gbdt: what they read
+    concerns: ConcernSectionConfig | None = None    # what was found about beauty concerns
     benchmarks: Path | None = None      # folder of result files to list
     output: Path
 
@@ -62,7 +64,9 @@ def write_report(config: ReportConfig) -> Path:
     prepared = open_artifact(config.prepared, "prepared")
     evaluations = [open_artifact(root, "evaluation") for root in config.evaluations]
     documents = [read_evaluation(artifact) for artifact in evaluations]
-    nodes = lineage([prepared.manifest, *(one.manifest for one in evaluations), *_others(config, evaluations)])
+    concerns = config.concerns.opened() if config.concerns else {}
+    nodes = lineage([prepared.manifest, *(one.manifest for one in (*evaluations, *concerns.values())),
+                     *_others(config, evaluations)])
     artefacts = lineage_table(nodes)
     report: dict[str, Any] = {
         "title": config.title,
@@ -70,6 +74,7 @@ def write_report(config: ReportConfig) -> Path:
         "tables": {
             "evaluations": documents, "audit": _audit(prepared), "benchmarks": _benchmarks(config.benchmarks),
             "examples": _examples(config, prepared, evaluations, documents), "ranker": _ranker(config),
+            "concerns": concern_section(concerns, config.concerns.each) if config.concerns else None,
             "artefacts": [{key: value for key, value in row.items() if key not in VOLATILE} for row in artefacts],
         },
         "run": {"created": datetime.now(UTC).isoformat(timespec="seconds"), "git_sha": git_sha(),
@@ -80,6 +85,8 @@ def write_report(config: ReportConfig) -> Path:
     figures = _figures(prepared, evaluations, documents) | {"lineage": lineage_svg(nodes)}
     if report["tables"]["ranker"] is not None:
         figures["ranker"] = explanation_figures(report["tables"]["ranker"])
+    if report["tables"]["concerns"] is not None:
+        figures["concerns"] = section_figures(report["tables"]["concerns"], concerns)
     write_text(output / "index.html", render(report, figures, artefacts, config))
     log.info("report: %s", output / "index.html")
     return output / "index.html"

@@ -1,9 +1,10 @@
 """Any table of products -> the probability of each concern for each product, on every node of a Ray cluster.
 
-The table is divided into pieces of its files. Ray Data hands pieces to a pool of actors, each of which loads the
-model once and writes the probabilities of a piece as one file that appears whole or not at all; a rerun skips the
-pieces that are there. A row that cannot be read goes to quarantine with its reason; one without ingredients is
-scored by its title and says so.
+The table is divided into pieces of its files, or, when it is a prepared artefact, into the artefact's own buckets,
+so that an index finds the scores of a bucket in one file. Ray Data hands pieces to a pool of actors, each of which
+loads the model once and writes the probabilities of a piece as one file that appears whole or not at all; a rerun
+skips the pieces that are there. A row that cannot be read goes to quarantine with its reason; one without ingredients
+is scored by its title and says so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,8 @@ from recsys_ray.artifacts import (
     write_table,
 )
 from recsys_ray.config import Config, fingerprint
+from recsys_ray.data.concern_rulebook import PACKAGED, Rulebook, load_rules
+from recsys_ray.data.ingredients import ingredients_in_text
 from recsys_ray.data.sources.blocks import Piece, Recipe, pieces_of, read_piece
 from recsys_ray.data.sources.config import TableSource
 from recsys_ray.data.sources.plan import file_states, recipes
@@ -48,10 +51,13 @@ from recsys_ray.schema import QUARANTINE
 log = logging.getLogger(__name__)
 
 KIND = "concern_scores"
-STAGE_VERSION = 1       # raise it when the same inputs would give other probabilities
+STAGE_VERSION = 2       # raise it when the same inputs would give other probabilities
 PIECE_BYTES = 4 << 20   # of a file that one actor scores at a time: some thousands of products
 SCORES, ASIDE, CSV = "scores/part", "set_aside/part", "bt_bert_outputs.csv"
+BUCKETS = "scores/bucket"
 NO_INGREDIENTS, NOTHING = "no ingredients", "neither ingredients nor a title"
+FROM_TEXT = "ingredients found in its text"
+READ = ("product_id", "row_id", "title", "ingredients", "description", "features")     # of a prepared product
 
 
 class ScoredTable(Config):
@@ -59,13 +65,24 @@ class ScoredTable(Config):
 
     path: str
     columns: dict[str, str] = Field(default_factory=dict)   # our name (product_id, title, ingredients) -> theirs
+    # of a prepared artefact, as label_concerns has them:
+    find_in_text: bool = False      # where there is no list: one after "Ingredients:", or the ones the text names
+    without_ingredients: Literal["score", "leave_out"] = "score"
+    rules: tuple[str, ...] = (PACKAGED,)                    # whose names tell what an ingredient is in a text
 
     def source(self) -> TableSource:
-        """The files to read: of an artefact those of its current version."""
+        """The files of a plain table."""
+        return TableSource(products=self.path, product_columns=self.columns)
+
+    def prepared(self) -> Artifact | None:
+        """The prepared artefact, if it is one; `ValueError` for a plain table with options of a prepared one."""
         root = Path(self.path)
-        if not (root / CURRENT).is_file():
-            return TableSource(products=self.path, product_columns=self.columns)
-        return TableSource(products=f"{open_artifact(root.resolve(), 'prepared').path}/products/*.parquet")
+        if (root / CURRENT).is_file():
+            return open_artifact(root.resolve(), "prepared")
+        if self.find_in_text or self.without_ingredients != "score":
+            raise ValueError(f"products.find_in_text and products.without_ingredients are for a prepared artefact, "
+                             f"and {self.path} is none; prepare the table first")
+        return None
 
 
 class ScoreConcernsConfig(Config):
@@ -82,35 +99,44 @@ class ScoreConcernsConfig(Config):
 class _Job:
     """What every worker needs to know; pieces are named by their number."""
 
-    work: tuple[tuple[Piece, Recipe], ...]
+    work: tuple[tuple[Piece, Recipe], ...]      # of a plain table
+    buckets: int                                # of a prepared artefact
+    prepared: Artifact | None
+    options: ScoredTable
     staging: str
     model: dict[str, Any]
 
 
 def score_concerns(config: ScoreConcernsConfig) -> Artifact:
-    """The `concern_scores` artefact: scores/part-*.parquet, the same rows as bt_bert_outputs.csv, quarantine.parquet.
+    """The `concern_scores` artefact: scores/*.parquet, the same rows as bt_bert_outputs.csv, quarantine.parquet.
 
     Columns: product_id, one float32 probability a concern, `addresses` (the concerns from their thresholds on),
-    `note` (why a probability says little; null for most). Facts: model (identity), concerns, rows, quarantined.
+    `note` (why a probability says little; null for most). Of a prepared artefact scores/bucket-*.parquet hold the rows
+    of its buckets by row id, with `row_id` and `has_ingredients`. Facts: model (identity), concerns, rows, quarantined.
     """
-    source = config.products.source()
+    source, prepared = config.products.source(), config.products.prepared()
     identity, output = bt_bert_identity(config.model), config.output.resolve()
-    key = fingerprint({"stage": STAGE_VERSION, "model": identity, "columns": config.products.columns,
-                       "dtype": config.model.dtype, "files": file_states(source, ("products",))})
+    key = fingerprint({
+        "stage": STAGE_VERSION, "model": identity, "dtype": config.model.dtype,
+        "options": config.products.model_dump(mode="json", exclude={"path", "rules"}),
+        "rules": load_rules(config.products.rules).digest if config.products.find_in_text else None,
+        "files": file_states(source, ("products",)) if prepared is None else prepared.manifest.reference})
     if (done := find_artifact(output, KIND, key)) is not None:
         log.info("%s is up to date", done.manifest.reference)
         return done
-    work = tuple((piece, recipe) for recipe in recipes(source, "products") for file in recipe.files
-                 for piece in pieces_of(file, PIECE_BYTES))
+    work = () if prepared else tuple((piece, recipe) for recipe in recipes(source, "products")
+                                     for file in recipe.files for piece in pieces_of(file, PIECE_BYTES))
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
         sweep_staging(output, key)
         model = config.model.replace(model=str(find_model(config.model.model, MODEL_KIND)))
-        return _run(config, _Job(work, str(staging.path), model.model_dump(mode="json")), staging, identity)
+        buckets = int(prepared.manifest.facts["num_buckets"]) if prepared else 0
+        job = _Job(work, buckets, prepared, config.products, str(staging.path), model.model_dump(mode="json"))
+        return _run(config, job, staging, identity)
 
 
 def _run(config: ScoreConcernsConfig, job: _Job, staging: Staging, identity: dict[str, Any]) -> Artifact:
-    made = run_pieces(_PieceScorer, job, len(job.work), staging.path, SCORES, gpu=config.model.device != "cpu",
-                      workers=config.workers)
+    made = run_pieces(_BucketScorer if job.prepared else _PieceScorer, job, job.buckets or len(job.work), staging.path,
+                      BUCKETS if job.prepared else SCORES, gpu=config.model.device != "cpu", workers=config.workers)
     quarantine = pa.concat_tables([QUARANTINE.empty_table(), *(
         pq.read_table(staging.path / piece_file(ASIDE, number), schema=QUARANTINE)
         for number in range(len(job.work)))])
@@ -122,7 +148,8 @@ def _run(config: ScoreConcernsConfig, job: _Job, staging: Staging, identity: dic
     facts = {"model": identity, "concerns": [one["name"] for one in identity["card"]["concerns"]], "rows": rows,
              "quarantined": quarantine.num_rows}
     log.info("%d products scored, %d set aside", rows, quarantine.num_rows)
-    return staging.commit(files, config=config, facts=facts)
+    return staging.commit(files, config=config, facts=facts,
+                          parents={"prepared": job.prepared.manifest} if job.prepared else {})
 
 
 class _PieceScorer:
@@ -141,6 +168,21 @@ class _PieceScorer:
             scored.append(score_products(self.scorer, block.filter(pc.invert(bad))))
         write_table(Path(self.job.staging), piece_file(ASIDE, number), pa.concat_tables(set_aside))
         return pa.concat_tables(scored)
+
+
+class _BucketScorer:
+    """A loaded model that turns the number of a bucket into scores."""
+
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.scorer = BtBertScorer(BtBertConfig.model_validate(job.model))
+        self.book = load_rules(job.options.rules) if job.options.find_in_text else None
+
+    def make(self, number: int) -> pa.Table:
+        """The scores of a bucket's products."""
+        assert self.job.prepared is not None
+        products = self.job.prepared.table(piece_file("products/bucket", number), READ)
+        return score_bucket(self.scorer, products, self.job.options, self.book)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -166,6 +208,32 @@ def score_products(scorer: BtBertScorer, products: pa.Table) -> pa.Table:
                                 schema=score_schema(scorer))
 
 
+def score_bucket(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, book: Rulebook | None) -> pa.Table:
+    """PRODUCT rows -> their scores by row id; `book` knows ingredients that a text names, None: texts are not read."""
+    products = products.sort_by("row_id")
+    lists: list[str | None] = [one if (one or "").strip() else None for one in products["ingredients"].to_pylist()]
+    listed = [one is not None for one in lists]
+    if book is not None:
+        lists = [one or ingredients_in_text(_text_of(row), book.synonyms, book.active_names)
+                 for one, row in zip(lists, products.select(["title", "description", "features"]).to_pylist(),
+                                     strict=True)]
+    has = pa.array([one is not None for one in lists], pa.bool_())
+    scored = products.set_column(products.column_names.index("ingredients"), "ingredients",
+                                 pa.array(lists, pa.string()))
+    if options.without_ingredients == "leave_out":
+        scored, listed = scored.filter(has), [one for one, kept in zip(listed, has.to_pylist(), strict=True) if kept]
+        has = has.filter(has)
+    table = score_products(scorer, scored)
+    note = pc.if_else(pa.array([there and not first for there, first in zip(has.to_pylist(), listed, strict=True)],
+                               pa.bool_()), FROM_TEXT, table["note"])
+    table = table.set_column(table.column_names.index("note"), "note", note)
+    return table.append_column("row_id", scored["row_id"].combine_chunks()).append_column("has_ingredients", has)
+
+
+def _text_of(product: dict[str, Any]) -> str:
+    return "\n".join(one for one in (product["title"], product["description"], *(product["features"] or ())) if one)
+
+
 def _quarantined(block: pa.Table) -> pa.Table:
     rows = [{"table": "products", "source": where, "key": None, "reason": reason, "row": None}
             for where, reason in zip(block["_source"].to_pylist(), block["_error"].to_pylist(), strict=True)]
@@ -177,8 +245,9 @@ def _write_csv(staging: Path, parts: list[FileEntry]) -> int:
     rows, partial = 0, staging / f".{CSV}.{os.getpid()}.tmp"
     writer: pa_csv.CSVWriter | None = None
     for table in _tables(staging, parts):
-        flat = table.set_column(table.column_names.index("addresses"), "addresses",
-                                pc.binary_join(table["addresses"], "|"))
+        flat = table.select([name for name in table.column_names if name not in ("row_id", "has_ingredients")])
+        flat = flat.set_column(flat.column_names.index("addresses"), "addresses",
+                               pc.binary_join(flat["addresses"], "|"))
         writer = writer or pa_csv.CSVWriter(partial, flat.schema)
         writer.write_table(flat)
         rows += table.num_rows

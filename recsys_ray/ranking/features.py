@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from recsys_ray.ranking.concern_words import named_concerns
 from recsys_ray.ranking.text_match import QueryWords, named, price_limit, words
 from recsys_ray.retrieval.segments import STATISTICS
 
@@ -29,7 +30,7 @@ RRF_CONSTANT = 60
 HEAD = 10               # "among the first": a retriever's ten best
 PRIOR_REVIEWS = 5.0     # weight of the candidates' mean in a smoothed rating
 FIELDS = ("title", "brand", "color", "category", "text")
-FEATURE_COLUMNS = ("row_id", *FIELDS, "price_cents", *STATISTICS)
+FEATURE_COLUMNS = ("row_id", *FIELDS, "price_cents", *STATISTICS, "concerns")
 SCORES = ("dense", "lexical", "sparse", "multi")    # by which a retriever ranks; `fused` is what became of them
 MATCHING = ("lexical", "sparse")                    # of these, 0 says that nothing matched
 
@@ -47,6 +48,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "cross": ("cross_score", "cross_rank", "cross_gap"),
     "match": ("brand_named", "brand_conflict", "brand_share", "color_named", "color_conflict", "category_named",
               "category_conflict", "category_share", "number_coverage", "price_over_limit"),
+    "concerns": ("concern_named", "concern_named_rank", "concern_surest"),
     "product": ("num_reviews", "reviews_rank", "verified_share", "rating_mean", "rating_std", "rating_smoothed",
                 "review_age_days", "mean_review_chars", "price", "price_to_median", "price_rank"),
 })
@@ -102,7 +104,7 @@ def feature_table(query: str, candidates: Candidates, cross: Floats | None = Non
     if not len(candidates):
         return np.zeros((0, len(FEATURES)), np.float32)
     columns = {**_text_features(query, candidates), **_score_features(candidates, cross),
-               **_product_features(query, candidates, as_of_ms)}
+               **_product_features(query, candidates, as_of_ms), **_concern_features(query, candidates.rows)}
     table: Floats = np.stack([np.broadcast_to(np.asarray(columns[name], dtype=np.float32), len(candidates))
                               for name in FEATURES], axis=1)
     return table
@@ -202,6 +204,17 @@ def _product_features(query: str, candidates: Candidates, as_of_ms: int | None) 
         }
     finite = {name: np.where(np.isfinite(one), one, np.nan).astype(np.float32) for name, one in found.items()}
     return {**finite, **{f"{name}_share": _shared(rows, name) for name in ("brand", "category")}}
+
+
+def _concern_features(query: str, rows: pa.Table) -> dict[str, Floats]:
+    """The largest probability of a concern that the query names, its rank, and the largest of all concerns."""
+    if rows["concerns"].null_count == len(rows):
+        return dict.fromkeys(FAMILIES["concerns"], np.full(len(rows), np.nan, np.float32))
+    scored = [dict(one or ()) for one in rows["concerns"].to_pylist()]
+    asked = named_concerns(query, frozenset[str]().union(*scored))
+    told = np.array([max((one[name] for name in asked if name in one), default=np.nan) for one in scored], np.float32)
+    surest = np.array([max(one.values(), default=np.nan) for one in scored], np.float32)
+    return {"concern_named": told, "concern_named_rank": ranks_of(told), "concern_surest": surest}
 
 
 def _column(rows: pa.Table, name: str) -> npt.NDArray[np.float64]:

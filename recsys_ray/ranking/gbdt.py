@@ -189,6 +189,7 @@ class GbdtRanker:
     cross_encoder: dict[str, Any] | None        # identity of the one whose scores they read; None: they read none
     trained_with: Mapping[str, int]             # depth, cross_top
     start: float = 0.0                          # as in `GbdtConfig`
+    concern_model: dict[str, Any] | None = None     # whose probabilities they read; None: of none
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -204,11 +205,11 @@ class GbdtRanker:
             raise GbdtError(f"{artifact.path}: fitted to {len(known)} features, here are {len(FEATURES)}; different: "
                             f"{', '.join(different[:5])}; fit it again")
         return cls.of(artifact.file(MODEL).read_text(encoding="utf-8"), facts["cross_encoder"], facts["trained_with"],
-                      facts["start"])
+                      facts["start"], facts["concern_model"])
 
     @classmethod
     def of(cls, text: str, cross_encoder: dict[str, Any] | None, trained_with: Mapping[str, int],
-           start: float = 0.0) -> Self:
+           start: float = 0.0, concern_model: dict[str, Any] | None = None) -> Self:
         """The trees of LightGBM's text; `GbdtError` when they read a feature that is none of ours."""
         import lightgbm
 
@@ -216,7 +217,7 @@ class GbdtRanker:
         if unknown := [name for name in booster.feature_name() if name not in FEATURES]:
             raise GbdtError(f"the trees read {', '.join(unknown[:5])}, which is no feature of ours; fit them again")
         columns = np.array([FEATURES.index(name) for name in booster.feature_name()], dtype=np.int64)
-        return cls(booster, columns, cross_encoder, dict(trained_with), start)
+        return cls(booster, columns, cross_encoder, dict(trained_with), start, concern_model)
 
     def importance(self) -> dict[str, float]:
         """The share of each feature in the gain of all splits, largest first."""

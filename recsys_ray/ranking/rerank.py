@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
+from recsys_ray.artifacts import Manifest
 from recsys_ray.config import Config
 from recsys_ray.ids import row_ids
 from recsys_ray.models.cross_encoder import CrossEncoder, CrossEncoderConfig, cross_encoder_identity
@@ -25,6 +27,7 @@ from recsys_ray.ranking.features import Candidates, feature_table
 from recsys_ray.ranking.gbdt import GbdtRanker
 from recsys_ray.ranking.text_match import words
 from recsys_ray.retrieval.fusion import ranking
+from recsys_ray.retrieval.segments import concern_model_of, refuse_other_concerns
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +80,11 @@ class Reranker:
         self.gbdt = gbdt if gbdt is not None or config.gbdt is None else GbdtRanker.load(config.gbdt)
         if self.gbdt is not None:
             _check_fit(self.gbdt, config)
+
+    def refuse_foreign(self, index: Manifest) -> None:
+        """Nothing when the trees may read this index; `IndexMismatch` when it knows concerns by another model."""
+        if self.gbdt is not None:
+            check_concern_model(self.gbdt.concern_model, index)
 
     @cached_property
     def cross_encoder(self) -> CrossEncoder:
@@ -137,6 +145,15 @@ class Reranker:
         scored = ~np.isnan(reordered.features).all(axis=1)
         found[scored] = self.gbdt.contributions(reordered.features[scored])
         return found
+
+
+def check_concern_model(trained_with: Mapping[str, Any] | None, index: Manifest) -> None:
+    """Nothing when trees that read these probabilities of concerns find them in the index; else `IndexMismatch`.
+
+    Trees that were fitted without any read none.
+    """
+    if trained_with is not None:
+        refuse_other_concerns(concern_model_of(index), trained_with, "rerank.gbdt: the trees read probabilities by")
 
 
 def _check_fit(gbdt: GbdtRanker, config: RerankConfig) -> None:

@@ -46,7 +46,7 @@ from recsys_ray.ranking.features import FAMILIES, FEATURES
 from recsys_ray.ranking.gbdt import KIND, MODEL, GbdtConfig, GbdtRanker, Lists
 from recsys_ray.ranking.gbdt_workers import TreeWorkers, grow
 from recsys_ray.ranking.rerank import RerankConfig, Reranker
-from recsys_ray.retrieval.segments import Index, open_index
+from recsys_ray.retrieval.segments import Index, concern_model_of, open_index
 from recsys_ray.runtime import RayConfig
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,9 @@ class TrainGbdtConfig(Config):
 def train_gbdt(config: TrainGbdtConfig) -> Artifact:
     """The "gbdt" artefact: model.txt (LightGBM), explanation.json and .html (importance, SHAP), metrics.json.
 
-    Facts: features, families left out, cross_encoder (identity), trained_with (depth, cross_top), label_gain, rounds,
-    stop_ndcg, queries (of each period), metrics (test, unconditional). Errors: a `ValueError` naming what does not fit.
+    Facts: features, families left out, cross_encoder and concern_model (identities), trained_with (depth, cross_top),
+    label_gain, rounds, stop_ndcg, queries (of each period), metrics (test, unconditional). Errors: a `ValueError` that
+    names what does not fit.
     """
     index = open_index(config.index)
     candidates = {name: open_artifact(path, "candidates") for name, path in (("fit", config.fit), ("test", config.test))
@@ -129,7 +130,8 @@ def _made(config: TrainGbdtConfig, period: _Period, candidates: Mapping[str, Art
     log.info("%d queries to fit to, %d to stop by; %d of them with their product", earlier.sum(), (~earlier).sum(),
              int(lists.telling().sum()))
     grown = grow(fit, stop, config.gbdt, label_gain, config.workers, config.ray, staging.path)
-    ranker = GbdtRanker.of(grown.text, identity, period.trained_with, config.gbdt.start)
+    concern_model = None if "concerns" in config.gbdt.without else concern_model_of(period.index.artifact.manifest)
+    ranker = GbdtRanker.of(grown.text, identity, period.trained_with, config.gbdt.start, concern_model)
     write_text(staging.path / MODEL, grown.text)
     document = _explained(ranker, stop)
     write_text(staging.path / "explanation.json", json.dumps(document) + "\n")
@@ -139,6 +141,7 @@ def _made(config: TrainGbdtConfig, period: _Period, candidates: Mapping[str, Art
     files = [staging.entry(name) for name in (MODEL, "explanation.json", "explanation.html", "metrics.json")]
     return files, {
         "features": list(FEATURES), "without": list(config.gbdt.without), "cross_encoder": identity,
+        "concern_model": concern_model,
         "trained_with": period.trained_with, "start": config.gbdt.start, "label_gain": list(label_gain),
         "rounds": grown.rounds, "stop_ndcg": grown.stop_ndcg, "importance": ranker.importance(),
         "queries": {"fit": int(earlier.sum()), "stop": int((~earlier).sum()),

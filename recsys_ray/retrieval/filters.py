@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from recsys_ray.config import Config
@@ -22,6 +23,7 @@ class Filters(Config):
 
     category: tuple[str, ...] | None = None
     brand: tuple[str, ...] | None = None
+    concern: tuple[str, ...] | None = None      # that the product addresses; one without a score never passes
     price_min_cents: int | None = Field(default=None, ge=0)     # a product without a price never passes
     price_max_cents: int | None = Field(default=None, ge=0)
 
@@ -57,6 +59,18 @@ class _Coded:
         return np.isin(self.codes, np.array(wanted, dtype=np.int32))
 
 
+class FilterError(ValueError):
+    """A condition that no product of this index can be asked for; the message names those that can."""
+
+
+def refuse_unknown_concerns(asked: Sequence[str] | None, known: Sequence[str]) -> None:
+    """Nothing when every concern asked for is known; else `FilterError`."""
+    if asked is not None and not known:
+        raise FilterError("concern: the products of this index were not scored for concerns")
+    if not set(asked or ()) <= set(known):
+        raise FilterError(f"concern: unknown; the products of this index were scored for {', '.join(known)}")
+
+
 class FilterColumns:
     """The filterable columns of N rows, ready for many filters."""
 
@@ -64,6 +78,9 @@ class FilterColumns:
         self.size = rows.num_rows
         self._coded = {name: _Coded.of(rows[name]) for name in ("category", "brand")}
         price = rows["price_cents"].combine_chunks().fill_null(NO_PRICE)
+        addresses = rows["addresses"].combine_chunks()
+        owners, named = pc.list_parent_indices(addresses).to_numpy(), addresses.flatten().to_numpy(zero_copy_only=False)
+        self._addressing = {one: owners[named == one] for one in np.unique(named.astype(str)).tolist()}
         self._price_cents = price.to_numpy(zero_copy_only=False).astype(np.int64)
 
     def mask(self, filters: Filters) -> Mask:
@@ -73,6 +90,11 @@ class FilterColumns:
             values = getattr(filters, name)
             if values is not None:
                 mask &= coded.one_of(values)
+        if filters.concern is not None:
+            addressing = np.zeros(self.size, dtype=np.bool_)
+            for one in filters.concern:
+                addressing[self._addressing.get(one, ())] = True
+            mask &= addressing
         if filters.price_min_cents is not None or filters.price_max_cents is not None:
             mask &= self._price_cents != NO_PRICE
         if filters.price_min_cents is not None:

@@ -16,13 +16,13 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import ray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from recsys_ray import runtime
 from recsys_ray.artifacts import (
@@ -41,6 +41,7 @@ from recsys_ray.artifacts import (
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.ids import bucket_of
 from recsys_ray.models.token_signals import Encoding, concat_encodings, empty_encoding
+from recsys_ray.retrieval.concern_columns import concern_facts, open_concerns
 from recsys_ray.retrieval.index_plan import (
     Change,
     Inputs,
@@ -76,7 +77,7 @@ from recsys_ray.runtime import RayConfig
 log = logging.getLogger(__name__)
 
 KIND = "index"
-STAGE_VERSION = 3       # raise it when the same inputs would give another index
+STAGE_VERSION = 4       # raise it when the same inputs would give another index
 TASK_CPUS = 0.9
 COMPACT_BUCKETS = 256   # ranges a compacted index is cut by when its segments were cut in different ways
 Ints = npt.NDArray[np.int64]
@@ -88,6 +89,8 @@ class BuildIndexConfig(Config):
 
     prepared: Path
     embeddings: Path
+    concerns: Path | None = None                # scores of these products (score_concerns): filter, facet and features
+    reasons: Path | None = None                 # explanations of them (explain_concerns): "because of ..."
     output: Path
     vector: VectorIndexConfig = VectorIndexConfig()
     lexical: LexicalConfig = LexicalConfig()
@@ -95,6 +98,13 @@ class BuildIndexConfig(Config):
     rebuild_above: float = Field(default=0.2, ge=0, le=1)   # share of changed rows above which all is built anew
     max_segments: int = Field(default=64, ge=1)
     ray: RayConfig = RayConfig()
+
+
+    @model_validator(mode="after")
+    def _reasons_for_scores(self) -> Self:
+        if self.reasons is not None and self.concerns is None:
+            raise ValueError("reasons: explain nothing without the scores they are for; set concerns")
+        return self
 
 
 class CompactIndexConfig(Config):
@@ -112,18 +122,23 @@ def build_index(config: BuildIndexConfig) -> Artifact:
     """
     prepared = open_artifact(config.prepared, "prepared")
     embeddings = open_artifact(config.embeddings, "embeddings")
-    options = config.model_dump(mode="json", exclude={"prepared", "embeddings", "output", "ray"})
-    identity = fingerprint({"options": options, "code": STAGE_VERSION, "prepared": prepared.manifest.fingerprint,
-                            "embeddings": embeddings.manifest.fingerprint})
+    scores, reasons = (None, None) if config.concerns is None else open_concerns(config.concerns, config.reasons,
+                                                                                prepared.manifest)
+    parents = {name: one.manifest for name, one in (("prepared", prepared), ("embeddings", embeddings),
+                                                    ("concerns", scores), ("reasons", reasons)) if one is not None}
+    options = config.model_dump(mode="json", exclude={*parents, "output", "ray", "concerns", "reasons"})
+    identity = fingerprint({"options": options, "code": STAGE_VERSION,
+                            **{name: one.fingerprint for name, one in parents.items()}})
     root = config.output.resolve()
     current = _current(root)
     if current is not None and current.manifest.fingerprint == identity:
         log.info("index is up to date: %s", current.manifest.version)
         return current
     inputs = Inputs(str(config.prepared.resolve()), prepared.manifest.version,
-                    str(config.embeddings.resolve()), embeddings.manifest.version)
+                    str(config.embeddings.resolve()), embeddings.manifest.version, _place(scores), _place(reasons))
     facts = {"encoder": embeddings.manifest.facts["encoder"], "template": prepared.manifest.facts.get("template"),
-             "vector": config.vector.model_dump(mode="json"), "lexical": config.lexical.model_dump(mode="json")}
+             "vector": config.vector.model_dump(mode="json"), "lexical": config.lexical.model_dump(mode="json"),
+             "concerns": concern_facts(scores)}
     with runtime.connected(config.ray), stage(root, KIND, identity) as staging:
         sweep_staging(root, identity)
         num_buckets = int(prepared.manifest.facts["num_buckets"])
@@ -135,8 +150,12 @@ def build_index(config: BuildIndexConfig) -> Artifact:
             parts = [Part(group, num_buckets) for group in groups]
             built = _build_segments(inputs, config, staging, parts, taken=()), {}
         segments, dead = built
-        return _publish(staging, config, segments, dead, facts,
-                        {"prepared": prepared.manifest, "embeddings": embeddings.manifest})
+        return _publish(staging, config, segments, dead, facts, parents)
+
+
+def _place(artifact: Artifact | None) -> tuple[str, str] | None:
+    """Root and version, as any node finds it."""
+    return None if artifact is None else (str(artifact.path.parents[1].resolve()), artifact.manifest.version)
 
 
 def _current(root: Path) -> Artifact | None:
@@ -273,7 +292,7 @@ def compact_index(config: CompactIndexConfig) -> Artifact:
         built: list[list[FileEntry]] = ray.get([
             task.remote(str(root), current.manifest.version, str(staging.path), name, part, num_buckets)
             for name, part in zip(names, ranges, strict=True)])
-        kept = {name: facts[name] for name in ("encoder", "template", "vector", "lexical")}
+        kept = {name: facts[name] for name in ("encoder", "template", "vector", "lexical", "concerns")}
         return _publish(staging, config, dict(zip(names, built, strict=True)), {}, kept, {"index": current.manifest})
 
 

@@ -8,8 +8,9 @@ those buckets are looked at.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ from recsys_ray.artifacts import Artifact, open_artifact
 from recsys_ray.config import fingerprint
 from recsys_ray.ids import bucket_of, row_ids
 from recsys_ray.models.token_signals import Encoding, concat_encodings, signals_of
-from recsys_ray.retrieval.segments import IndexMismatch, card_file, catalogue_rows, live_mask, segment_files
+from recsys_ray.retrieval.catalogue_rows import catalogue_rows
+from recsys_ray.retrieval.concern_columns import REASONS_KIND, SCORES_KIND, Reasons, concern_columns, read_reasons
+from recsys_ray.retrieval.segments import IndexMismatch, card_file, live_mask, segment_files
 
 Ints = npt.NDArray[np.int64]
 Group = tuple[str, ...]
+ConcernsOf = Callable[[str], Callable[[Ints], Mapping[str, pa.Array]]]      # bucket -> row ids -> columns
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,25 @@ class Inputs:
     prepared_version: str
     embeddings: str
     embeddings_version: str
+    concerns: tuple[str, str] | None = None     # root and version of the scores, and of the reasons for them
+    reasons: tuple[str, str] | None = None
 
     def open(self) -> tuple[Artifact, Artifact]:
         """The prepared and the embeddings artefact."""
         return (open_artifact(self.prepared, "prepared", self.prepared_version),
                 open_artifact(self.embeddings, "embeddings", self.embeddings_version))
+
+
+    def concerns_of(self) -> ConcernsOf:
+        """Row ids of a bucket -> the columns of their concerns."""
+        scores = None if self.concerns is None else open_artifact(self.concerns[0], SCORES_KIND, self.concerns[1])
+        reasons = read_reasons(None if self.reasons is None else
+                               open_artifact(self.reasons[0], REASONS_KIND, self.reasons[1]))
+        return lambda bucket: partial(_bucket_concerns, scores, reasons, bucket)
+
+
+def _bucket_concerns(scores: Artifact | None, reasons: Reasons, bucket: str, wanted: Ints) -> dict[str, pa.Array]:
+    return concern_columns(wanted, None if scores is None else scores.table(f"scores/{bucket}.parquet"), reasons)
 
 
 @dataclass(frozen=True)
@@ -89,12 +107,13 @@ def bucket_groups(prepared: Artifact, rows_per_segment: int) -> list[Group]:
     return [*groups, tuple(taken)] if taken else groups
 
 
-def read_bucket(prepared: Artifact, embeddings: Artifact, bucket: str, set_aside: Ints) -> tuple[pa.Table, Encoding]:
+def read_bucket(prepared: Artifact, embeddings: Artifact, bucket: str, set_aside: Ints, concerns_of: ConcernsOf
+                ) -> tuple[pa.Table, Encoding]:
     """ROWS of one bucket and their vectors, shape (N, D), and signals, all by row id.
 
-    `set_aside` are the rows whose text could not be embedded. Errors: `IndexMismatch` naming the bucket
-    when a vector belongs to no row or to another text, comes twice or is not finite, and when a row
-    that was not set aside has no vector.
+    `set_aside` are the rows whose text could not be embedded, `concerns_of` is `Inputs.concerns_of()`. Errors:
+    `IndexMismatch` naming the bucket when a vector belongs to no row or to another text, comes twice or is not
+    finite, and when a row that was not set aside has no vector.
     """
     where = f"bucket {bucket!r} of {embeddings.path}"
     texts = prepared.table(f"product_text/{bucket}.parquet").sort_by("row_id")
@@ -113,7 +132,7 @@ def read_bucket(prepared: Artifact, embeddings: Artifact, bucket: str, set_aside
     kept = vectors["row_id"].combine_chunks()
     whole = [prepared.table(f"{kind}/{bucket}.parquet") for kind in ("products", "product_stats")]
     products, stats = (table.filter(pc.is_in(table["row_id"], value_set=kept)) for table in whole)
-    rows = catalogue_rows(products, texts, stats)
+    rows = catalogue_rows(products, texts, stats, concerns_of(bucket))
     if not np.array_equal(rows["row_id"].to_numpy(), embedded):
         raise IndexMismatch(f"bucket {bucket!r} of {prepared.path}: {products.num_rows} products for "
                             f"{len(embedded)} embedded texts; run the prepare job again")
@@ -148,10 +167,10 @@ def rows_set_aside(embeddings: Artifact) -> Ints:
 def read_part(inputs: Inputs, part: Part) -> tuple[pa.Table, Encoding]:
     """ROWS of a part and their vectors and signals, by row id."""
     prepared, embeddings = inputs.open()
-    aside = rows_set_aside(embeddings)
+    aside, concerns_of = rows_set_aside(embeddings), inputs.concerns_of()
     tables, blocks = [], []
     for bucket in part.group:
-        rows, encoded = read_bucket(prepared, embeddings, bucket, aside)
+        rows, encoded = read_bucket(prepared, embeddings, bucket, aside, concerns_of)
         if part.wanted is not None:
             mask = np.isin(rows["row_id"].to_numpy(), part.wanted)
             rows, encoded = rows.filter(pa.array(mask)), encoded.take(np.flatnonzero(mask))
@@ -180,8 +199,9 @@ def segments_of(index: Artifact, buckets: npt.NDArray[np.int32], num_buckets: in
 def group_change(inputs: Inputs, root: str, version: str, group: Group, num_buckets: int) -> Change:
     """How the catalogue's rows in these buckets differ from the live rows of an index version."""
     prepared, embeddings = inputs.open()
-    aside = rows_set_aside(embeddings)
-    tables = [read_bucket(prepared, embeddings, bucket, aside)[0].select(["row_id", "row_hash"]) for bucket in group]
+    aside, concerns_of = rows_set_aside(embeddings), inputs.concerns_of()
+    tables = [read_bucket(prepared, embeddings, bucket, aside, concerns_of)[0].select(["row_id", "row_hash"])
+              for bucket in group]
     rows = pa.concat_tables(tables).sort_by("row_id")
     wanted, hashes = rows["row_id"].to_numpy(), rows["row_hash"].combine_chunks()
     index, numbers = open_artifact(root, "index", version), bucket_numbers(group)

@@ -8,7 +8,6 @@ big segment.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,10 +21,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recsys_ray.artifacts import Artifact, FileEntry, file_entry, open_artifact, write_table, write_text
+from recsys_ray.artifacts import Artifact, FileEntry, Manifest, file_entry, open_artifact, write_table, write_text
 from recsys_ray.ids import row_id as row_id_of
 from recsys_ray.models.token_signals import Encoding, Signals, SparseRows
-from recsys_ray.retrieval.filters import FilterColumns, Filters
+from recsys_ray.retrieval.filters import FilterColumns, Filters, refuse_unknown_concerns
 from recsys_ray.retrieval.late_interaction import max_sim
 from recsys_ray.retrieval.learned_sparse import SparsePostings
 from recsys_ray.retrieval.lexical import (
@@ -38,6 +37,7 @@ from recsys_ray.retrieval.lexical import (
 )
 from recsys_ray.retrieval.segment_signals import SegmentSignals, save_signals
 from recsys_ray.retrieval.vector_index import VectorIndex, VectorIndexConfig
+from recsys_ray.schema import CONCERN_PROBABILITIES, CONCERN_REASONS, TEXTS
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -52,6 +52,8 @@ ROWS = pa.schema([
     pa.field("verified_share", pa.float32()), pa.field("mean_review_chars", pa.float32()),
     pa.field("last_review_ms", pa.int64()),                 # these six as of the cut of the prepared data
     pa.field("image_url", pa.string()), pa.field("text", pa.string()), pa.field("lexical_text", pa.string()),
+    pa.field("concerns", CONCERN_PROBABILITIES),            # null: not scored, or without ingredients
+    pa.field("addresses", TEXTS), pa.field("because", CONCERN_REASONS),     # the ingredients, where they are known
     pa.field("row_hash", pa.string(), nullable=False),      # of everything above: decides whether a row is replaced
 ])
 
@@ -76,6 +78,26 @@ class SegmentHits:
     lexical_scores: Floats
     sparse_scores: Floats | None = None
     multi_scores: Floats | None = None
+
+
+def indexed_concerns(index: Manifest) -> tuple[str, ...]:
+    """The concerns that the products of an index were scored for; none without scores."""
+    return tuple((index.facts.get("concerns") or {}).get("names", ()))
+
+
+def concern_model_of(index: Manifest) -> dict[str, Any] | None:
+    """The identity of the model that gave an index its probabilities of concerns; None without them."""
+    found: dict[str, Any] | None = (index.facts.get("concerns") or {}).get("model")
+    return found
+
+
+def refuse_other_concerns(wanted: Mapping[str, Any] | None, found: Mapping[str, Any] | None, what: str) -> None:
+    """Nothing when both are one concern model; else `IndexMismatch`. `what` begins its message."""
+    if wanted != found:
+        one, other = wanted or {}, found or {}
+        different = sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
+        raise IndexMismatch(f"{what} another concern model than the scores of the index; different: "
+                            f"{', '.join(different)}")
 
 
 def segment_files(name: str) -> tuple[str, str, str, str]:
@@ -146,6 +168,8 @@ class Segment:
         rows_name, postings_name, vectors_name, faiss_name = segment_files(name)
         self.name = name
         self.rows = artifact.table(rows_name)
+        if missing := [one for one in ROWS.names if one not in self.rows.column_names]:
+            raise IndexMismatch(f"{artifact.path}: its rows have no {', '.join(missing)}; build the index again")
         self.row_ids: Ints = self.rows["row_id"].to_numpy()
         self.product_ids: list[str] = self.rows["product_id"].to_pylist()
         self.alive = _alive(artifact, name, self.rows.num_rows)
@@ -263,6 +287,11 @@ class Index:
         return self.artifact.manifest.version
 
     @property
+    def concerns(self) -> tuple[str, ...]:
+        """The concerns that its products were scored for; none without scores."""
+        return indexed_concerns(self.artifact.manifest)
+
+    @property
     def live_rows(self) -> int:
         """Rows that can be found."""
         return sum(int(segment.alive.sum()) for segment in self.segments)
@@ -276,6 +305,8 @@ class Index:
         """
         if query_vectors is None and query_texts is None:
             raise ValueError("a search needs query vectors, query texts or both")
+        if filters is not None:
+            refuse_unknown_concerns(filters.concern, self.concerns)
         signals = query_signals or Signals()
         answers = [segment.search(query_vectors, query_texts, depth, filters, signals.sparse)
                    for segment in self.segments]
@@ -355,24 +386,3 @@ def live_mask(artifact: Artifact, name: str) -> Mask:
     rows_name = segment_files(name)[0]
     rows = next(entry.rows for entry in artifact.manifest.files if entry.path == rows_name)
     return _alive(artifact, name, rows or 0)
-
-
-def row_hashes(rows: pa.Table) -> pa.Array:
-    """32 hex digits per row over all columns but `row_hash`: equal exactly when the rows are."""
-    columns = [rows[name].cast(pa.string()).fill_null("\0").to_pylist() for name in ROWS.names if name != "row_hash"]
-    return pa.array([hashlib.blake2b("\x1f".join(row).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
-                     for row in zip(*columns, strict=True)], pa.string())
-
-
-def catalogue_rows(products: pa.Table, texts: pa.Table, stats: pa.Table) -> pa.Table:
-    """ROWS sorted by row id, from PRODUCT, PRODUCT_TEXT and PRODUCT_STATS rows of the same products."""
-    joined = products.sort_by("row_id")
-    for other, names in ((texts, ("text", "lexical_text")), (stats, STATISTICS)):
-        places = pc.index_in(joined["row_id"], value_set=other["row_id"].combine_chunks())
-        for name in names:
-            joined = joined.append_column(name, other[name].take(places))
-    images = pc.list_slice(joined["image_urls"], 0, 1)
-    first = [one[0] if one else None for one in images.to_pylist()]
-    columns = {name: joined[name] for name in ROWS.names if name in joined.column_names}
-    rows = pa.table({**columns, "image_url": pa.array(first, pa.string())})
-    return rows.append_column("row_hash", row_hashes(rows)).select(ROWS.names).cast(ROWS)

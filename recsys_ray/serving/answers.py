@@ -20,6 +20,7 @@ class Product(BaseModel):
     rating: float | None = Field(description="mean of the reviews before the cut of the index")
     num_reviews: int | None
     image_url: str | None
+    concerns: list[str] | None = Field(default=None, description="that it addresses; null: not scored")
 
 
 class Influence(BaseModel):
@@ -30,6 +31,14 @@ class Influence(BaseModel):
     contribution: float = Field(description="what it adds to the ranker's score")
 
 
+class ConcernReason(BaseModel):
+    """Why a product is said to address a concern."""
+
+    concern: str
+    probability: float
+    because: list[str] = Field(description="the ingredients it rests on most; empty: not explained")
+
+
 class Explanation(BaseModel):
     """Why a product stands where it does."""
 
@@ -37,6 +46,7 @@ class Explanation(BaseModel):
                                                  "cross_encoder, ranker; those that were asked")
     first_rank: int = Field(description="the rank that the first stage gave it")
     features: list[Influence] = Field(description="those that moved it most, the strongest first")
+    concerns: list[ConcernReason] = Field(default=[], description="that it addresses, the surest first")
 
 
 class Hit(Product):
@@ -59,6 +69,7 @@ class Facets(BaseModel):
 
     category: list[FacetCount]
     brand: list[FacetCount]
+    concern: list[FacetCount] = Field(default=[], description="a product may address several")
 
 
 class Answer(BaseModel):

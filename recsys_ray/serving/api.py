@@ -102,6 +102,8 @@ class SearchFilters(_Request):
 
     category: Values | None = Field(default=None, description="one of these categories")
     brand: Values | None = Field(default=None, description="one of these brands")
+    concern: Values | None = Field(default=None, description="addresses one of these concerns, e.g. acne; a product "
+                                                             "that was not scored never does")
     price_min: Price | None = Field(default=None, description="in units of the currency, inclusive")
     price_max: Price | None = Field(default=None, description="in units of the currency, inclusive")
 
@@ -114,6 +116,7 @@ class SearchFilters(_Request):
     def to_filters(self) -> Filters:
         """The same conditions as retrieval knows them: prices in cents."""
         return Filters(category=_alternatives(self.category), brand=_alternatives(self.brand),
+                       concern=_alternatives(self.concern),
                        price_min_cents=_cents(self.price_min), price_max_cents=_cents(self.price_max))
 
 

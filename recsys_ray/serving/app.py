@@ -24,7 +24,8 @@ from ray.serve.config import HTTPOptions
 from recsys_ray.artifacts import Manifest, open_artifact
 from recsys_ray.config import ConfigError
 from recsys_ray.models.text_encoder import encoder_identity
-from recsys_ray.ranking.rerank import RerankConfig
+from recsys_ray.ranking.rerank import RerankConfig, check_concern_model
+from recsys_ray.retrieval.segments import indexed_concerns
 from recsys_ray.runtime import connected
 from recsys_ray.serving.config import Scale, ServeConfig, Stage
 from recsys_ray.serving.deployments import (
@@ -47,7 +48,8 @@ def build_app(config: ServeConfig | dict[str, Any]) -> serve.Application:
     """The application for `serve.run`, `serve deploy` and RayService (where `config` is the `args` mapping).
 
     Errors: `ArtifactError` for a missing or damaged index, `ServeError` when the configured encoder is
-    not the one that the index was built with, `ConfigError` for an open host without an API key.
+    not the one that the index was built with, `IndexMismatch` when the trees read concerns by another model than the
+    index has, `ConfigError` for an open host without an API key.
     """
     config = ServeConfig.model_validate(config)
     key_sha256 = api_key_digest(config.host)
@@ -61,6 +63,10 @@ def build_app(config: ServeConfig | dict[str, Any]) -> serve.Application:
     if config.encoder is not None:
         parts["encoder"] = _part(stages.encoder, "encoder", room, EncoderReplica, config.encoder, built_with,
                                  config.retriever, config.encode_together)
+    for rerank in (config.rerank, config.recommend and config.recommend.rerank):
+        if rerank is not None and rerank.gbdt is not None:
+            facts = open_artifact(rerank.gbdt.resolve(), "gbdt").manifest.facts
+            check_concern_model(facts.get("concern_model"), manifest)
     parts |= _ranking(config, config.rerank, "search")
     if config.recommend is not None:
         parts["recommender"] = _part(stages.recommender, "recommender", room, RecommenderReplica,
@@ -71,7 +77,7 @@ def build_app(config: ServeConfig | dict[str, Any]) -> serve.Application:
     shards = [_part(stages.shard, f"shard-{number}", room, ShardReplica, number, str(root), manifest.version, segments)
               for number, segments in enumerate(divide(segment_rows(manifest), config.shards))]
     gateway = _deployment(serve.ingress()(GatewayReplica), "gateway", stages.gateway, room)
-    return gateway.bind(shards, parts, config, manifest.version, key_sha256)
+    return gateway.bind(shards, parts, config, manifest.version, indexed_concerns(manifest), key_sha256)
 
 
 def _ranking(config: ServeConfig, rerank: RerankConfig | None, name: str) -> dict[str, Any]:

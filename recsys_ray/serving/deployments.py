@@ -189,10 +189,10 @@ class GatewayReplica:
     """HTTP in front of the other stages."""
 
     def __init__(self, shards: list[Part], parts: dict[str, Part], config: ServeConfig, index_version: str,
-                 key_sha256: str | None) -> None:
+                 concerns: tuple[str, ...], key_sha256: str | None) -> None:
         """`parts` by name: encoder, recommender, search-ranker, search-cross-encoder, recommend-ranker ..."""
         self._shards, self._parts, self._config = shards, parts, config
-        self._index_version, self._key_sha256 = index_version, key_sha256
+        self._index_version, self._concerns, self._key_sha256 = index_version, concerns, key_sha256
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The application of this replica, made where it runs."""
@@ -204,7 +204,7 @@ class GatewayReplica:
         events = None if config.events is None else EventLog(config.events)
         gateway = Gateway([calls(ShardCalls, shard) for shard in self._shards],
                           None if config.encoder is None else calls(EncoderCalls, parts["encoder"]),
-                          config=config.retriever, index_version=self._index_version,
+                          config=config.retriever, index_version=self._index_version, concerns=self._concerns,
                           deadline_s=config.deadline_ms / 1000, budget_ms=config.budget_ms, recommending=recommending,
                           cascade=self._cascade(config.rerank, "search"), events=events)
         log_requests_to_stderr()

@@ -39,6 +39,7 @@ from recsys_ray.serving.loading import PartStatus
 from recsys_ray.serving.recommender import (
     NoEncoding,
     history_query,
+    known_filters,
     page,
     rank,
     recommended,
@@ -68,19 +69,20 @@ class Gateway:
     """The service: every public method answers one kind of request or raises `ApiError`."""
 
     def __init__(self, shards: Sequence[ShardCalls], encoder: EncoderCalls | None, *, config: RetrieverConfig,
-                 index_version: str, deadline_s: float, cascade: Cascade | None = None,
+                 index_version: str, deadline_s: float, concerns: Sequence[str] = (), cascade: Cascade | None = None,
                  recommending: Recommending | None = None, budget_ms: int | None = None,
                  events: EventLog | None = None) -> None:
         if not shards:
             raise ValueError("a gateway needs at least one shard")
         self.shards, self.encoder, self.config = shards, encoder, config
         self.index_version, self.deadline_s, self.budget_ms = index_version, deadline_s, budget_ms
+        self.concerns = concerns        # that the index's products were scored for
         self.cascade, self.recommending, self.events = cascade, recommending, events
 
     async def search(self, request: SearchRequest, request_id: str) -> SearchResponse:
         """One page of answers to a query."""
         clock = self._clock(request)
-        query = search_query(request, self.config)
+        query = search_query(request, self.config, self.concerns)
         encoding = None
         if self.encoder is not None and query.config.mode != "bm25":
             encoding = await self._encoding(query.text, document=False)
@@ -208,7 +210,7 @@ class Gateway:
     async def _suggested(self, stages: Recommending, request: RecommendRequest, clock: Clock
                          ) -> tuple[Suggestion, Shortlist, dict[int, int], int]:
         """(what the recommender says, those that may be shown, the shard of each of them, shards that answered)."""
-        filters, count = request.filters.to_filters(), stages.depth
+        filters, count = known_filters(request, self.concerns), stages.depth
         while True:
             suggestion = (await within(self.deadline_s, [stages.first.suggest(request.history, count)]))[0]
             if isinstance(suggestion, BaseException):

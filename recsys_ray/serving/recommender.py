@@ -24,12 +24,12 @@ from recsys_ray.models.text_encoder import TextEncoder
 from recsys_ray.models.token_signals import Encoding
 from recsys_ray.ranking.features import FEATURE_COLUMNS
 from recsys_ray.ranking.rerank import Reranker
-from recsys_ray.retrieval.filters import Filters
+from recsys_ray.retrieval.filters import FilterError, Filters, refuse_unknown_concerns
 from recsys_ray.retrieval.fusion import ranking
 from recsys_ray.retrieval.retriever import RetrieverConfig, asked_signals, score_hits
 from recsys_ray.retrieval.segments import Index, SegmentHits, merge_hits
 from recsys_ray.serving.answers import Hit, Product
-from recsys_ray.serving.api import RecommendRequest, SearchRequest, Sort, System
+from recsys_ray.serving.api import RankedRequest, RecommendRequest, SearchRequest, Sort, System
 from recsys_ray.serving.errors import ApiError
 from recsys_ray.serving.first_stage import FirstStage, Suggestion
 from recsys_ray.serving.reranking import (
@@ -46,7 +46,8 @@ from recsys_ray.serving.reranking import (
 
 log = logging.getLogger(__name__)
 
-CARD = ("row_id", "product_id", "title", "brand", "category", "price_cents", "rating_mean", "num_reviews", "image_url")
+CARD = ("row_id", "product_id", "title", "brand", "category", "price_cents", "rating_mean", "num_reviews", "image_url",
+        "concerns", "addresses", "because")
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,29 @@ class NoEncoding:
     bad_text: bool      # else it is the encoder's failure, and the same text may succeed later
 
 
-def search_query(request: SearchRequest, config: RetrieverConfig) -> Query:
+def search_query(request: SearchRequest, config: RetrieverConfig, concerns: Sequence[str]) -> Query:
     """The shards' question for a search request: always the full depth, so that all pages fit together.
 
-    `config` is that of the service, asked by words alone where the request says so.
+    `config` is that of the service, asked by words alone where the request says so; `concerns` are the index's.
 
-    Errors: `ApiError` 422 when nothing of the query is left after cleaning, e.g. of an empty HTML tag.
+    Errors: `ApiError` 422 when nothing of the query is left after cleaning, e.g. of an empty HTML tag, and for a
+    filter by a concern that the index does not know.
     """
+    filters = known_filters(request, concerns)
     text = clean_query(request.query)
     if not text:
         raise ApiError(422, "invalid_request", "query holds no words", "query")
-    return Query(text, retriever_of(request.system, config), request.filters.to_filters())
+    return Query(text, retriever_of(request.system, config), filters)
+
+
+def known_filters(request: RankedRequest, concerns: Sequence[str]) -> Filters:
+    """The request's conditions; `ApiError` 422 when one is on a concern that the index does not know."""
+    filters = request.filters.to_filters()
+    try:
+        refuse_unknown_concerns(filters.concern, concerns)
+    except FilterError as error:
+        raise ApiError(422, "invalid_request", f"filters.{error}", "filters.concern") from None
+    return filters
 
 
 def retriever_of(system: System, config: RetrieverConfig) -> RetrieverConfig:
@@ -151,7 +164,8 @@ def page(found: Shortlist, ordered: Ordered | None, request: SearchRequest) -> d
     chosen = sort_ranked(ranked, request.sort)[request.offset: request.offset + request.k]
     return {"items": _hits(chosen, request.offset, (found, ordered) if request.explain else None),
             "candidates": len(ranked),
-            "facets": {name: facet_counts(ranked, name) for name in ("category", "brand")}}
+            "facets": {name: facet_counts(ranked, name) for name in ("category", "brand")} | {
+                "concern": concern_counts(ranked)}}
 
 
 # --- recommendations ------------------------------------------------------------------------------
@@ -198,9 +212,17 @@ def sort_ranked(ranked: Sequence[Ranked], sort: Sort) -> list[Ranked]:
 
 def facet_counts(ranked: Sequence[Ranked], column: str) -> list[dict[str, Any]]:
     """How many candidates have each value of `column`, most frequent first, equal counts by value."""
-    counts = Counter(one.card[column] for one in ranked if one.card[column])
+    return _counted(Counter(one.card[column] for one in ranked if one.card[column]))
+
+
+def _counted(counts: Counter[str]) -> list[dict[str, Any]]:
     in_order = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
     return [{"value": value, "count": count} for value, count in in_order]
+
+
+def concern_counts(ranked: Sequence[Ranked]) -> list[dict[str, Any]]:
+    """How many candidates address each concern, most frequent first."""
+    return _counted(Counter(concern for one in ranked for concern in one.card["addresses"] or ()))
 
 
 def similar_hits(ranked: Sequence[Ranked], product_id: str, k: int) -> list[Hit]:
@@ -223,7 +245,7 @@ def _shown(row: Row) -> dict[str, Any]:
     return {"product_id": row["product_id"], "title": row["title"], "brand": row["brand"], "category": row["category"],
             "price": None if cents is None else cents / 100, "num_reviews": row["num_reviews"],
             "rating": None if rating is None or not np.isfinite(rating) else round(float(rating), 3),
-            "image_url": row["image_url"]}
+            "image_url": row["image_url"], "concerns": row["addresses"]}
 
 
 def query_encoding(encoder: TextEncoder, config: RetrieverConfig, texts: Sequence[str]) -> Encoding:
@@ -264,11 +286,13 @@ class Recommender:
                  reranker: Reranker | None = None) -> None:
         if encoder is None and config.mode != "bm25":
             raise ValueError(f"mode {config.mode!r} needs a text encoder; without one use mode 'bm25'")
+        if reranker is not None:
+            reranker.refuse_foreign(index.artifact.manifest)
         self.index, self.encoder, self.config, self.reranker = index, encoder, config, reranker
 
     def search(self, request: SearchRequest) -> dict[str, Any]:
         """`items`, `candidates` and `facets` of one page."""
-        query = search_query(request, self.config)
+        query = search_query(request, self.config, self.index.concerns)
         encoding = (None if self.encoder is None or query.config.mode == "bm25"
                     else query_encoding(self.encoder, query.config, [query.text]))
         found = shortlist([ask_shard(self.index, query, encoding)], query)
@@ -280,7 +304,7 @@ class Recommender:
     def recommend(self, first: FirstStage, request: RecommendRequest, depth: int, reranker: Reranker | None = None
                   ) -> dict[str, Any]:
         """What follows a history: `items`, `candidates`, `source`, `fallback`, `known`."""
-        filters, count = request.filters.to_filters(), depth
+        filters, count = known_filters(request, self.index.concerns), depth
         while True:
             suggestion = first.suggest(request.history, count)
             cards = ask_cards(self.index, row_ids(suggestion.product_ids), filters)

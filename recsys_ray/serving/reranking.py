@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from recsys_ray.ranking.features import FEATURES, Candidates
 from recsys_ray.ranking.rerank import RerankConfig, Reranker
-from recsys_ray.serving.answers import Explanation, Influence
+from recsys_ray.serving.answers import ConcernReason, Explanation, Influence
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +129,9 @@ def explanation(one: Ranked, shortlist: Shortlist, ordered: Ordered | None) -> E
     """Why a candidate stands where it does."""
     place = one.first_rank - 1
     scores = {name: float(values[place]) for name, values in shortlist.scores.items() if values is not None}
+    concerns = concern_reasons(one.card)
     if ordered is None:
-        return Explanation(scores=_known(scores), first_rank=one.first_rank, features=[])
+        return Explanation(scores=_known(scores), first_rank=one.first_rank, features=[], concerns=concerns)
     if ordered.cross is not None:
         scores["cross_encoder"] = float(ordered.cross[place])
     features: list[Influence] = []
@@ -140,7 +141,14 @@ def explanation(one: Ranked, shortlist: Shortlist, ordered: Ordered | None) -> E
         strongest = np.argsort(-np.abs(added), kind="stable")[:TOLD]
         features = [Influence(feature=FEATURES[i], value=float(values[i]) if np.isfinite(values[i]) else None,
                               contribution=float(added[i])) for i in strongest.tolist() if added[i]]
-    return Explanation(scores=_known(scores), first_rank=one.first_rank, features=features)
+    return Explanation(scores=_known(scores), first_rank=one.first_rank, features=features, concerns=concerns)
+
+
+def concern_reasons(card: Row) -> list[ConcernReason]:
+    """The concerns that a product addresses, the surest first, and the ingredients that say so where they are known."""
+    probability, because = dict(card["concerns"] or ()), dict(card["because"] or ())
+    return [ConcernReason(concern=one, probability=round(probability[one], 4), because=because.get(one, []))
+            for one in sorted(card["addresses"] or (), key=lambda one: (-probability[one], one))]
 
 
 def _known(scores: dict[str, float]) -> dict[str, float]:

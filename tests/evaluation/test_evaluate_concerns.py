@@ -16,6 +16,7 @@ import pytest
 from recsys_ray.artifacts import Artifact, stage
 from recsys_ray.config import Config, ConfigError, load_config
 from recsys_ray.data.concern_data import LabelConcernsConfig, label_concerns
+from recsys_ray.evaluation.concern_section import ConcernSectionConfig, concern_section, section_figures
 from recsys_ray.evaluation.concerns import MACRO, ConcernMetricError
 from recsys_ray.evaluation.evaluate_concerns import EvaluateConcernsConfig, concern_summary, evaluate_concerns
 from recsys_ray.evaluation.retrieval import EvaluateConfig, read_evaluation
@@ -99,6 +100,33 @@ def test_scores_may_be_an_artefact_of_the_scoring_job(tmp_path: Path, labels: Ar
     assert (means["AP"], means["F1"], means["accuracy"]) == (1, 1, 1)
     with pytest.raises(ConcernMetricError, match="ours: no probabilities of 'moisture'; it has acne, wrinkle"):
         run(tmp_path, labels, systems={"ours": str(tmp_path / "scores")})
+
+
+def test_a_report_shows_what_was_found(tmp_path: Path, labels: Artifact) -> None:
+    """Counts, the surest products of a known kind with what the rules say and why, and pictures."""
+    ids = labels.table("products.parquet").sort_by("product_id")["product_id"].to_pylist()[:4]
+    scores = pa.table({"product_id": [*ids, "unknown kind"], "acne": pa.array([0.9, 0.2, 0.8, 0.7, 0.95], pa.float32()),
+                       "addresses": [["acne"], [], ["acne"], ["acne"], ["acne"]],
+                       "has_ingredients": [True, True, True, False, True]})
+    reasons = pa.table({"product_id": [ids[0]] * 2, "concern": ["acne"] * 2, "method": ["occlusion", "attention"],
+                        "rank": [1, 1], "ingredient": ["Salicylic Acid", "Aqua"], "weight": [0.4, 0.9]})
+    for name, table, file in (("concern_scores", scores, "scores/bucket-00000.parquet"),
+                              ("concern_explanations", reasons, "explanations.parquet")):
+        with stage(tmp_path / name, name, "f" * 16) as staging:
+            staging.commit([staging.write_table(file, table)], config=Config(),
+                           facts={"concerns": ["acne"], "model": {"sha": "a"}})
+    config = ConcernSectionConfig.model_validate({
+        "labels": root(labels), "scores": tmp_path / "concern_scores", "reasons": tmp_path / "concern_explanations",
+        "evaluation": run(tmp_path, labels).path.parents[1]})
+    artifacts = config.opened()
+    section = concern_section(artifacts, 2)
+    acne = section["concerns"][0]
+    assert [one["product_id"] for one in acne["surest"]] == [ids[0], ids[2]]
+    assert [one["because"] for one in acne["surest"]] == [["Salicylic Acid"], []]
+    assert (acne["addressed"], sum(acne["bins"])) == (3, 4)
+    assert {one["system"] for one in acne["ap"]} == {"majority", "fuzzy", "ingredients"}
+    assert section["counts"]["products scored"] == 5
+    assert len(section_figures(section, artifacts)) > 2
 
 
 def test_what_is_right_may_come_from_elsewhere(tmp_path: Path, labels: Artifact) -> None:

@@ -12,8 +12,9 @@ import pyarrow as pa
 from recsys_ray.artifacts import Artifact, stage
 from recsys_ray.config import Config
 from recsys_ray.ids import bucket_of, row_ids
+from recsys_ray.retrieval.catalogue_rows import row_hashes
 from recsys_ray.retrieval.lexical import LexicalConfig, Postings, global_statistics
-from recsys_ray.retrieval.segments import LEXICON, ROWS, row_hashes, segment_files, write_segment
+from recsys_ray.retrieval.segments import LEXICON, ROWS, segment_files, write_segment
 from recsys_ray.retrieval.vector_index import VectorIndexConfig
 from recsys_ray.schema import CANDIDATE, JUDGMENT, QUERY, REVIEW, conform
 

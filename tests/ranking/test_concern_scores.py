@@ -12,11 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from recsys_ray.data.concern_rulebook import load_rules
 from recsys_ray.models.bt_bert import BtBert, BtBertCard, Calibration, Concern
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer
 from recsys_ray.models.trainable_bert import TrainableOptions
-from recsys_ray.ranking.concern_scores import ScoreConcernsConfig, score_concerns, score_products
-from recsys_ray.schema import RAW_PRODUCT, conform
+from recsys_ray.ranking.concern_scores import (
+    ScoreConcernsConfig,
+    ScoredTable,
+    score_bucket,
+    score_concerns,
+    score_products,
+)
+from recsys_ray.schema import PRODUCT, RAW_PRODUCT, conform
 
 LISTS = ["aqua, zinc", None, "   ", "\u6c34, \u30b0\u30ea\u30bb\u30ea\u30f3", ", ".join(["aqua"] * 3000)]
 TITLES = ["gel", "balm", None, "\u30af\u30ea\u30fc\u30e0", "cream"]
@@ -41,6 +48,26 @@ def test_every_row_gets_finite_numbers_and_a_reason_to_doubt_them(folder: Path) 
     assert all(np.isfinite(found[name].to_numpy()).all() for name in ("acne", "redness"))
     assert found["addresses"].to_pylist() == [["acne"]] * 5     # thresholds 0 and 1
     assert found["note"].to_pylist() == [None, "no ingredients", "neither ingredients nor a title", None, None]
+
+
+def test_a_bucket_is_scored_by_row_id_and_says_where_ingredients_are(folder: Path) -> None:
+    scorer = BtBertScorer(BtBertConfig(model=str(folder), device="cpu"))
+    products = conform(pa.table({
+        "product_id": ["a", "b", "c"], "row_id": [3, 1, 2], "group_id": [3, 1, 2], "title": ["gel", "serum", "lamp"],
+        "ingredients": ["aqua, zinc", None, " "],
+        "description": [None, "With 2 % salicylic acid.", "Free of mineral oil."]}), PRODUCT, "products")
+    found = score_bucket(scorer, products, ScoredTable(path="shop", find_in_text=True), load_rules())
+    assert found["row_id"].to_pylist() == [1, 2, 3]
+    assert found["has_ingredients"].to_pylist() == [True, False, True]
+    assert found["note"].to_pylist() == ["ingredients found in its text", "no ingredients", None]
+    kept = score_bucket(scorer, products, ScoredTable(path="shop", without_ingredients="leave_out"), None)
+    assert kept["product_id"].to_pylist() == ["a"]
+    assert kept["acne"][0] == found["acne"][2]
+
+
+def test_options_of_a_prepared_shop_are_refused_for_a_table(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="are for a prepared artefact"):
+        ScoredTable(path=str(tmp_path / "products.csv"), find_in_text=True).prepared()
 
 
 @pytest.mark.ray

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from small_candidates import DAY, candidates, many
 
+from recsys_ray.ranking.concern_words import named_concerns
 from recsys_ray.ranking.features import (
     FAMILIES,
     FEATURE_COLUMNS,
@@ -134,3 +135,24 @@ def test_rows_may_hold_more_columns() -> None:
     more = some.rows.append_column("image_url", pa.nulls(2, pa.string()))
     assert np.array_equal(feature_table("red", Candidates(some.row_ids, some.scores, more)),
                           feature_table("red", some), equal_nan=True)
+
+
+def test_probabilities_of_the_concerns_that_a_query_names() -> None:
+    some = candidates([{"concerns": [("acne", 0.2), ("age", 0.9)]}, {"concerns": [("acne", 0.7), ("age", 0.1)]}, {}],
+                      [3, 2, 1])
+    found = feature_table("face wash for pimples", some)
+    np.testing.assert_allclose(of(found, "concern_named"), [0.2, 0.7, np.nan], rtol=1e-6)
+    assert of(found, "concern_named_rank")[:2] == [2, 1]
+    np.testing.assert_allclose(of(found, "concern_surest"), [0.9, 0.7, np.nan], rtol=1e-6)
+    assert np.isnan(of(feature_table("red sofa", some), "concern_named")).all()
+    assert np.isnan(of(feature_table("pimples", many(3)), "concern_surest")).all()
+
+
+@pytest.mark.parametrize(("query", "concerns"), [
+    ("cream for fine lines and crow's feet", {"wrinkle"}), ("age spots", {"age"}), ("Spots!", {"acne"}),
+    ("oily skin and dry skin", {"oiliness", "moisture"}), ("hair_loss serum", {"hair_loss"}),
+    ("hair loss serum", {"hair_loss"}), ("lamp", set())])
+def test_a_query_names_concerns_in_its_own_words(query: str, concerns: set[str]) -> None:
+    known = {"acne", "age", "wrinkle", "oiliness", "moisture", "hair_loss"}
+    assert named_concerns(query, known) == concerns
+    assert not named_concerns(query, ())

@@ -33,7 +33,7 @@ def published(root: Path, text: str, features: tuple[str, ...] = FEATURES, start
     with stage(root, KIND, "x") as staging:
         (staging.path / MODEL).write_text(text)
         staging.commit([staging.entry(MODEL)], config=Config(), facts={
-            "features": list(features), "cross_encoder": None, "start": start,
+            "features": list(features), "cross_encoder": None, "concern_model": None, "start": start,
             "trained_with": {"depth": 10, "cross_top": 5}})
     return root
 

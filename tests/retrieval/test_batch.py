@@ -17,12 +17,13 @@ from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.text_encoder import TextEncoderConfig
 from recsys_ray.retrieval import batch
 from recsys_ray.retrieval.batch import RetrieveConfig, retrieve_candidates
+from recsys_ray.retrieval.catalogue_rows import row_hashes
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.fusion import FusionConfig
 from recsys_ray.retrieval.lexical import LexicalConfig, Postings, global_statistics
 from recsys_ray.retrieval.query_sets import ReviewQueries, TableQueries
 from recsys_ray.retrieval.retriever import Retriever, RetrieverConfig
-from recsys_ray.retrieval.segments import LEXICON, ROWS, open_index, row_hashes, write_segment
+from recsys_ray.retrieval.segments import LEXICON, ROWS, open_index, write_segment
 from recsys_ray.retrieval.vector_index import VectorIndexConfig
 from recsys_ray.schema import CANDIDATE, JUDGMENT, QUERY, REVIEW, conform
 

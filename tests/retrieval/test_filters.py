@@ -14,6 +14,7 @@ ROWS = pa.table({
     "category": pa.array(["sofa", None, "lamp", "sofa", "", "lamp"]),
     "brand": pa.array(["A", "B", None, "B", "A", "C"]),
     "price_cents": pa.array([100, None, 0, 2500, 99, None], pa.int64()),
+    "addresses": pa.array([["acne"], None, [], ["age", "acne"], ["age"], None], pa.list_(pa.string())),
 })
 
 
@@ -21,6 +22,7 @@ def passes(row: dict[str, Any], filters: Filters) -> bool:
     price, low, high = row["price_cents"], filters.price_min_cents, filters.price_max_cents
     return ((filters.category is None or row["category"] in filters.category)
             and (filters.brand is None or row["brand"] in filters.brand)
+            and (filters.concern is None or bool({*filters.concern} & {*(row["addresses"] or ())}))
             and ((low is None and high is None) or (price is not None and (low or 0) <= price
                                                     and (high is None or price <= high))))
 
@@ -30,6 +32,7 @@ def passes(row: dict[str, Any], filters: Filters) -> bool:
     {"category": [""]}, {"brand": ["B"], "category": ["sofa"]}, {"price_min_cents": 0}, {"price_max_cents": 100},
     {"price_min_cents": 100, "price_max_cents": 100}, {"price_min_cents": 10**30}, {"price_max_cents": 10**30},
     {"brand": ["A"], "price_max_cents": 99}, {"brand": ["\ud800"]},
+    {"concern": ["acne"]}, {"concern": ["age", "acne"], "brand": ["A"]}, {"concern": []},
 ], ids=str)
 def test_the_mask_is_what_the_filter_says(values: dict[str, Any]) -> None:
     filters = Filters.model_validate(values)

@@ -15,12 +15,14 @@ import pytest
 from recsys_ray.artifacts import Artifact, ArtifactError, current_version, list_versions, open_artifact, rollback, stage
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.ids import bucket_of, row_ids
+from recsys_ray.retrieval.filters import FilterError, Filters
 from recsys_ray.retrieval.index_build import BuildIndexConfig, CompactIndexConfig, build_index, compact_index
-from recsys_ray.retrieval.index_plan import Change, appended_parts, read_bucket, rows_set_aside
+from recsys_ray.retrieval.index_plan import Change, Inputs, appended_parts, read_bucket, rows_set_aside
 from recsys_ray.retrieval.segments import IndexMismatch, SegmentHits, card_file, open_index, segment_files
 from recsys_ray.schema import PRODUCT, PRODUCT_STATS, PRODUCT_TEXT, QUARANTINE, conform, embedding_schema
 
 BUCKETS, DIMENSION = 8, 12
+UNSCORED = Inputs("", "", "", "").concerns_of()
 Shop = dict[str, str]
 QUERIES = ["item red", "soft", "number3", ""]
 VECTORS = np.random.default_rng(2).normal(size=(len(QUERIES), DIMENSION)).astype(np.float32)
@@ -261,7 +263,7 @@ def strange_row(table: pa.Table) -> pa.Table:
 def read_all(root: Path) -> int:
     prepared, embeddings = (open_artifact(root / kind, kind) for kind in ("prepared", "embeddings"))
     aside = rows_set_aside(embeddings)
-    return sum(read_bucket(prepared, embeddings, f"bucket-{bucket:05d}", aside)[0].num_rows
+    return sum(read_bucket(prepared, embeddings, f"bucket-{bucket:05d}", aside, UNSCORED)[0].num_rows
                for bucket in range(BUCKETS))
 
 
@@ -289,7 +291,8 @@ def test_quarantined_texts_are_left_out_and_products_must_be_there(tmp_path: Pat
                  for name in prepared.names()]
         fewer = staging.commit(files, config=Config(), facts=prepared.manifest.facts)
     with pytest.raises(IndexMismatch, match=r"bucket 'bucket-00000' of .*run the prepare job again"):
-        read_bucket(fewer, open_artifact(tmp_path / "embeddings", "embeddings"), "bucket-00000", row_ids(["p7", "p8"]))
+        read_bucket(fewer, open_artifact(tmp_path / "embeddings", "embeddings"), "bucket-00000", row_ids(["p7", "p8"]),
+                    UNSCORED)
 
 
 def test_changed_rows_share_segments_up_to_their_size() -> None:
@@ -313,3 +316,72 @@ def test_another_encoder_builds_anew_and_is_known(tmp_path: Path, local_ray: Non
     assert not set(before.manifest.facts["segments"]) & set(after.manifest.facts["segments"])
     with pytest.raises(IndexMismatch, match="model"):
         open_index(tmp_path / "index", encoder_identity=before.manifest.facts["encoder"])
+
+
+# --- concerns -------------------------------------------------------------------------------------
+def score(root: Path, prepared: Path, sure: dict[str, float], model: str = "m1") -> None:
+    """Scores of acne: `sure` by product, without ingredients for the others."""
+    reference = open_artifact(prepared, "prepared")
+    names = [one for table in reference.tables("products/") for one in table["product_id"].to_pylist()]
+    ids = row_ids(names)
+    table = pa.table({"product_id": names, "acne": pa.array([sure.get(one, 0.9) for one in names], pa.float32()),
+                      "addresses": pa.array([["acne"] if sure.get(one, 0) > 0.5 else [] for one in names],
+                                            pa.list_(pa.string())),
+                      "row_id": ids, "has_ingredients": [one in sure for one in names]})
+    with stage(root, "concern_scores", fingerprint([sure, model])) as staging:
+        files = [staging.write_table(f"scores/bucket-{bucket:05d}.parquet",
+                                     table.filter(pa.array(bucket_of(ids, BUCKETS) == bucket)).sort_by("row_id"))
+                 for bucket in range(BUCKETS)]
+        staging.commit(files, config=Config(), parents={"prepared": reference.manifest},
+                       facts={"concerns": ["acne"], "model": {"weights_sha256": model}})
+
+
+def explain(root: Path, told: list[tuple[str, str, float]], model: str = "m1") -> None:
+    """Ingredients of products and their weights for acne."""
+    table = pa.table({"product_id": [one for one, _, _ in told], "concern": ["acne"] * len(told),
+                      "method": ["occlusion"] * len(told), "rank": list(range(1, len(told) + 1)),
+                      "ingredient": [one for _, one, _ in told], "weight": [one for _, _, one in told]})
+    with stage(root, "concern_explanations", fingerprint([told, model])) as staging:
+        staging.commit([staging.write_table("explanations.parquet", table)], config=Config(),
+                       facts={"model": {"weights_sha256": model}})
+
+
+@pytest.mark.ray
+def test_products_are_found_by_the_concerns_they_address(tmp_path: Path, local_ray: object) -> None:
+    texts = shop(200)
+    config = publish(tmp_path, texts).replace(concerns=tmp_path / "scores", reasons=tmp_path / "reasons")
+    score(tmp_path / "scores", tmp_path / "prepared", {"p1": 0.8, "p2": 0.2, "p3": 0.6})
+    explain(tmp_path / "reasons", [("p1", "zinc pca", 0.5), ("p1", "aqua", -0.1), ("p2", "aqua", 0.3)])
+    first = build_index(config)
+    index = open_index(tmp_path / "index")
+    rows = {one: index.product(one) for one in ("p1", "p2", "p3", "p4")}
+    assert [row["addresses"] for row in rows.values() if row] == [["acne"], [], ["acne"], None]
+    assert [row["because"] for row in rows.values() if row] == [[("acne", ["zinc pca"])], None, None, None]
+    assert rows["p2"]
+    assert rows["p2"]["concerns"] == [("acne", pytest.approx(0.2))]
+    hits = index.search(VECTORS, QUERIES, 200, Filters(concern=("acne",)))
+    assert {one for hit in hits for one in hit.product_ids} == {"p1", "p3"}
+    with pytest.raises(FilterError, match="scored for acne"):
+        index.search(VECTORS, QUERIES, 200, Filters(concern=("spots",)))
+    # other scores of the same model replace the rows they are of, another model everything
+    score(tmp_path / "scores", tmp_path / "prepared", {"p1": 0.8, "p2": 0.9, "p3": 0.6})
+    second = build_index(config)
+    assert set(first.manifest.facts["segments"]) < set(second.manifest.facts["segments"])
+    found = open_index(tmp_path / "index").product("p2")
+    assert found
+    assert found["addresses"] == ["acne"]
+    score(tmp_path / "scores", tmp_path / "prepared", {"p1": 0.8}, model="m2")
+    with pytest.raises(IndexMismatch, match=r"another concern model .* weights_sha256"):
+        build_index(config)
+    third = build_index(config.replace(reasons=None))
+    assert not set(third.manifest.facts["segments"]) & set(second.manifest.facts["segments"])
+    assert compact_index(CompactIndexConfig(index=tmp_path / "index")).manifest.facts["concerns"] == {
+        "names": ["acne"], "model": {"weights_sha256": "m2"}}
+
+
+def test_scores_of_other_products_are_refused(tmp_path: Path) -> None:
+    config = publish(tmp_path, shop(60)).replace(concerns=tmp_path / "scores")
+    score(tmp_path / "scores", tmp_path / "prepared", {"p1": 0.8})
+    prepare(tmp_path / "prepared", shop(61))
+    with pytest.raises(IndexMismatch, match="run score_concerns"):
+        build_index(config)

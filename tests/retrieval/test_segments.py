@@ -15,6 +15,8 @@ import pytest
 from recsys_ray.artifacts import MANIFEST, Artifact, stage
 from recsys_ray.config import Config
 from recsys_ray.ids import row_ids
+from recsys_ray.retrieval.catalogue_rows import catalogue_rows, row_hashes
+from recsys_ray.retrieval.concern_columns import concern_columns
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.lexical import LexicalConfig, Postings, global_statistics
 from recsys_ray.retrieval.segments import (
@@ -22,10 +24,8 @@ from recsys_ray.retrieval.segments import (
     ROWS,
     IndexMismatch,
     SegmentHits,
-    catalogue_rows,
     merge_hits,
     open_index,
-    row_hashes,
     segment_files,
     tombstones_file,
     write_segment,
@@ -232,14 +232,18 @@ def test_catalogue_rows_align_by_id() -> None:
     products = table(PRODUCT, [2, 0, 1], product_id=names, group_id=ids.tolist(), image_urls=[["u", "v"], [], None])
     texts = table(PRODUCT_TEXT, [1, 2, 0], product_id=names, text=["A", "B", "C"], text_hash=["1", "2", "3"])
     stats = table(PRODUCT_STATS, [0, 2, 1], as_of_ms=[1, 1, 1], num_reviews=[10, 20, 30], rating_mean=[1.0, None, 3.0])
-    rows = catalogue_rows(products, texts, stats)
+    rows = catalogue_rows(products, texts, stats, unscored)
     assert rows.schema.equals(ROWS)
     found = {row["product_id"]: (row["text"], row["num_reviews"], row["rating_mean"], row["image_url"])
              for row in rows.to_pylist()}
     assert found == {"a": ("A", 10, 1.0, "u"), "b": ("B", 20, None, None), "c": ("C", 30, 3.0, None)}
-    changed = catalogue_rows(products, texts, stats.set_column(2, "num_reviews", pa.array([10, 30, 21])))
+    changed = catalogue_rows(products, texts, stats.set_column(2, "num_reviews", pa.array([10, 30, 21])), unscored)
     pairs = zip(rows["row_hash"].to_pylist(), changed["row_hash"].to_pylist(), strict=True)
     assert sorted(one == other for one, other in pairs) == [False, True, True]
+
+
+def unscored(wanted: npt.NDArray[np.int64]) -> dict[str, pa.Array]:
+    return concern_columns(wanted, None, {})
 
 
 def test_rows_come_in_the_order_asked_from_all_segments(tmp_path: Path) -> None:

@@ -27,11 +27,12 @@ from recsys_ray.ranking.features import FEATURES, Candidates
 from recsys_ray.ranking.gbdt import MODEL, GbdtConfig, Lists, fit, model_text
 from recsys_ray.ranking.recommenders import EaseConfig, fit_recommender, user_items
 from recsys_ray.ranking.rerank import RerankConfig, Reranker
+from recsys_ray.retrieval.catalogue_rows import row_hashes
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.fusion import FusionConfig
 from recsys_ray.retrieval.lexical import LexicalConfig, Postings, global_statistics
 from recsys_ray.retrieval.retriever import RetrieverConfig
-from recsys_ray.retrieval.segments import LEXICON, ROWS, Index, open_index, row_hashes, segment_files, write_segment
+from recsys_ray.retrieval.segments import LEXICON, ROWS, Index, open_index, segment_files, write_segment
 from recsys_ray.retrieval.vector_index import VectorIndexConfig
 from recsys_ray.schema import conform
 from recsys_ray.serving.api import Limits
@@ -59,6 +60,10 @@ from recsys_ray.serving.routes import create_api
 SEGMENTS = ("seg-a", "seg-b", "seg-c")
 RETRIEVER = RetrieverConfig(depth=60, fusion=FusionConfig(window=20))
 LIMITS = Limits(max_k=50, max_window=60)
+CONCERNS: dict[int, dict[str, object]] = {      # of every tenth product
+    0: {"concerns": [("acne", 0.9), ("age", 0.7)], "addresses": ["acne", "age"],
+        "because": [("acne", ["salicylic acid", "zinc pca"])]},
+    1: {"concerns": [("acne", 0.1), ("age", 0.2)], "addresses": [], "because": None}}
 DEPTH = 60          # of recommendations and of what is reordered
 NOUNS = ("sofa", "lamp", "chair", "table", "shelf", "mirror")
 COLOURS = ("red", "blue", "green", "oak", "white")
@@ -99,7 +104,7 @@ def catalogue() -> list[dict[str, object]]:
             "brand": BRANDS[number % 3], "category": "seating" if noun in ("sofa", "chair") else "home",
             "price_cents": None if number % 5 == 4 else 1000 + 137 * number,
             "rating_mean": None if number % 7 == 3 else 1.0 + (number * 7 % 40) / 10, "num_reviews": number % 5,
-            "image_url": None, "text": f"[Title] {title}", "lexical_text": title})
+            "image_url": None, "text": f"[Title] {title}", "lexical_text": title, **CONCERNS.get(number % 10, {})})
     return rows
 
 
@@ -113,7 +118,8 @@ def build_small_index(root: Path, encoder: WordEncoder | None = None, identity: 
         entries, postings = [], []
         for part, name in enumerate(SEGMENTS):
             chosen = products[part::len(SEGMENTS)]
-            columns = {column: [row[column] for row in chosen] for column in chosen[0]}
+            columns = {column: pa.array([row.get(column) for row in chosen], ROWS.field(column).type)
+                       for column in {**chosen[0], **CONCERNS[0]}}
             table = pa.table({"row_id": row_ids([str(row["product_id"]) for row in chosen]), **columns})
             table = conform(table.sort_by("row_id"), pa.schema([one for one in ROWS if one.name != "row_hash"]), "rows")
             table = table.append_column("row_hash", row_hashes(table)).cast(ROWS)
@@ -124,6 +130,7 @@ def build_small_index(root: Path, encoder: WordEncoder | None = None, identity: 
         entries.append(staging.entry(LEXICON))
         return staging.commit(entries, config=Config(), facts={
             "encoder": identity or encoder.identity, "segments": list(SEGMENTS), "live_rows": len(products),
+            "concerns": {"names": ["acne", "age"], "model": {"weights_sha256": "c0"}},
             "vector": vector.model_dump(mode="json"), "lexical": lexical.model_dump(mode="json")})
 
 
@@ -138,6 +145,7 @@ def publish_small_trees(root: Path, cross: CrossEncoderConfig | None) -> Artifac
         (staging.path / MODEL).write_text(model_text(fit(lists, lists, config, [0, 1])))
         return staging.commit([staging.entry(MODEL)], config=config, facts={
             "features": list(FEATURES), "start": 0.0, "trained_with": {"depth": DEPTH, "cross_top": 20},
+            "concern_model": None,
             "cross_encoder": None if cross is None else cross_encoder_identity(cross)})
 
 
@@ -172,7 +180,8 @@ class Parts:
         recommending = None if self.first is None else Recommending(self._recommender(self.first), DEPTH,
                                                                     self._cascade(deadline_s))
         return Gateway([self._shard(number) for number in range(len(self.indexes))], self._encoder_calls(),
-                       config=RETRIEVER, index_version=self.indexes[0].version, deadline_s=deadline_s,
+                       config=RETRIEVER, index_version=self.indexes[0].version,
+                       concerns=self.indexes[0].concerns, deadline_s=deadline_s,
                        cascade=self._cascade(deadline_s), recommending=recommending, events=self.events)
 
     async def _answers(self, stage: int | str) -> None:
@@ -315,6 +324,7 @@ REFUSED: dict[str, Refusal] = {
     "unknown sort": (POST, SEARCH, body(sort="newest"), 422, "sort"),
     "unknown key": (POST, SEARCH, body(limit=5), 422, "limit"),
     "key with a newline": (POST, SEARCH, body(**{"a\nb": 5}), 422, None),
+    "unknown concern": (POST, SEARCH, body(filters={"concern": ["acne", "spots"]}), 422, "filters.concern"),
     "unknown filter": (POST, SEARCH, body(filters={"colour": ["red"]}), 422, "filters.colour"),
     "filters a list": (POST, SEARCH, body(filters=[]), 422, "filters"),
     "filters null": (POST, SEARCH, body(filters=None), 422, "filters"),

@@ -54,7 +54,7 @@ def test_the_answers_are_those_of_the_offline_retriever(recommender: Recommender
 
 @pytest.mark.parametrize("parts", [[SEGMENTS], [SEGMENTS[:1], SEGMENTS[1:]], [[name] for name in SEGMENTS]])
 def test_any_division_into_shards_gives_the_same_ranking(small_index: Path, parts: list[list[str]]) -> None:
-    query = search_query(request(query="white table", filters={"price_max": 150.0}), RETRIEVER)
+    query = search_query(request(query="white table", filters={"price_max": 150.0}), RETRIEVER, ())
     vector = document_encoding(WordEncoder(), [query.text])  # type: ignore[arg-type]
     whole = rank([ask_shard(open_index(small_index), query, vector)], query)
     divided = rank([ask_shard(open_index(small_index, segments=part), query, vector) for part in parts], query)
@@ -199,7 +199,7 @@ def test_token_weights_and_vectors_are_weighed_as_offline(whole: tuple[BgeM3Enco
         assert ids(found) == offline["product_id"].to_pylist()
         assert [hit.score for hit in found["items"]] == pytest.approx(offline["score"].to_pylist(), abs=0)
         assert ids(found) != ids(plain.search(request(query=query, k=20)))
-        question = search_query(request(query=query), WHOLE)
+        question = search_query(request(query=query), WHOLE, ())
         encoding = query_encoding(encoder, WHOLE, [question.text])
         shards = [open_index(root, segments=part) for part in (SEGMENTS[:1], SEGMENTS[1:])]
         divided = rank([ask_shard(shard, question, encoding) for shard in shards], question)[:20]

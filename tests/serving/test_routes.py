@@ -47,7 +47,7 @@ def test_over_http_the_answers_are_those_of_the_recommender(app: FastAPI, small_
 def test_products_and_their_neighbours(app: FastAPI) -> None:
     product = get(app, "/v1/products/P003").json()["product"]
     assert product == {"product_id": "P003", "title": "oak table number3", "brand": "Nord", "category": "home",
-                       "price": 14.11, "rating": None, "num_reviews": 3, "image_url": None}
+                       "price": 14.11, "rating": None, "num_reviews": 3, "image_url": None, "concerns": None}
     similar = get(app, "/v1/products/P003/similar?k=4").json()
     assert len(similar["items"]) == 4
     assert similar["product_id"] == "P003"

@@ -5,7 +5,8 @@ const SYSTEMS = {
   retriever: ["Retrieval", "words and meaning, fused"],
   full: ["Full graph", "retrieval, cross-encoder, ranker"],
 };
-const FILTERS = ["category", "brand", "price_min", "price_max"];
+const FACETS = ["category", "brand", "concern"];
+const FILTERS = [...FACETS, "price_min", "price_max"];
 const PAGE = {list: 24, compare: 10};
 const STAGE_NAMES = {encode: "encode", shards: "retrieve", rank: "fuse", rows: "fetch", cross_encoder: "cross-encoder",
                      ranker: "rank"};
@@ -90,8 +91,14 @@ function gist(item) {
   return make("p", "gist", parts.join(", "));
 }
 
+function concernLine(one) {
+  const because = one.because.length ? ` because of ${one.because.join(", ")}` : "";
+  return make("p", "concern", make("strong", "", one.concern), ` (${number(one.probability, 2)})${because}`);
+}
+
 function whyPanel(why) {
   const panel = make("div", "why");
+  if (why.concerns.length) panel.append(make("h3", "", "Good for"), ...why.concerns.map(concernLine));
   const scores = make("dl");
   for (const [name, score] of Object.entries(why.scores))
     scores.append(make("dt", "", readable(name)), make("dd"), make("dd", "", number(score, 4)));
@@ -207,7 +214,7 @@ async function post(path, body, signal) {
 
 function request(system, offset) {
   const filters = {};
-  for (const name of ["category", "brand"]) if (at(name).value) filters[name] = [at(name).value];
+  for (const name of FACETS) if (at(name).value) filters[name] = [at(name).value];
   for (const name of ["price_min", "price_max"]) if (at(name).value) filters[name] = Number(at(name).value);
   return {query: at("query").value, k: PAGE[mode()], offset, sort: at("sort").value, filters, system, explain: true};
 }
@@ -233,7 +240,8 @@ async function search() {
     at("welcome").hidden = true;
     at("filters").hidden = false;
     at("keyform").hidden = true;
-    for (const name of ["category", "brand"]) fillFacet(name, last.facets[name]);
+    for (const name of FACETS) fillFacet(name, last.facets[name]);
+    at("concern").parentElement.hidden = at("concern").options.length < 2;     // nothing here was scored
     results.classList.toggle("compare", side);
     results.replaceChildren(...answers.map((answer, place) => side ? column(systems[place], answer) : list(answer)));
     shown = last.items.length;
@@ -283,7 +291,7 @@ function recall() {
   for (const name of [...FILTERS, "sort"]) {
     const value = said.get(name);
     if (!value) continue;
-    if (["category", "brand"].includes(name)) at(name).add(new Option(value, value));
+    if (FACETS.includes(name)) at(name).add(new Option(value, value));
     at(name).value = value;
   }
   if (said.get("mode") === "compare") document.querySelector("input[value=compare]").checked = true;
