@@ -82,6 +82,13 @@ bench-transfer: $(VENV)/.dev  ## which levers keep their sign on real data; need
 bench-concerns: $(VENV)/.dev  ## BT-BERT on planted truth: modes, explicit model, low data, new concerns, explanations, speed
 	$(RUN) benchmarks/bt_bert.py --config configs/bench_bt_bert/full.yaml
 
+.PHONY: bench-clothing bench-adapter
+bench-clothing: $(VENV)/.dev  ## photographs of garments that find their class: frozen network against the adapter on it
+	$(RUN) benchmarks/clothing.py --config configs/bench_clothing/full.yaml
+
+bench-adapter: $(VENV)/.dev  ## the adapter of pictures on planted attributes: the usual recipe, ours, what the gate catches
+	$(RUN) benchmarks/attribute_adapter.py --config configs/bench_attribute_adapter/full.yaml
+
 bench-serve: $(VENV)/.dev  ## searches with reranking beside the usual stack: speed, quality, what a hop of Serve costs
 	$(RUN) benchmarks/serve_speed.py --config configs/bench_serve_speed/full.yaml
 

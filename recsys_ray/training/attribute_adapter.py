@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from recsys_ray.config import Config, ConfigError, fingerprint
+from recsys_ray.data.attribute_pair_data import GroupSplit
 from recsys_ray.evaluation.attributes import attribute_figures
 from recsys_ray.models.attribute_adapter import AdapterCard, AttributeAdapter, HeadConfig, Projection
 from recsys_ray.runtime import RayConfig
@@ -30,6 +31,7 @@ from recsys_ray.training.attribute_data import ATTRIBUTES, Items, Pairs
 from recsys_ray.training.attribute_gate import SliceGateConfig
 from recsys_ray.training.balanced_sampler import BalancedConfig, BalancedSampler
 from recsys_ray.training.bge import WorkersConfig
+from recsys_ray.training.clip_texts import ClipTexts
 from recsys_ray.training.distributed import rank, sum_over_workers, world_size
 from recsys_ray.training.loop import LoopConfig, Task
 from recsys_ray.training.losses import attribute_cross_entropy, info_nce, known_to_differ, same_key, scores
@@ -72,7 +74,8 @@ class FinetuneAttributeAdapterConfig(LoopConfig):
     vectors: Path                           # artefact of embed_images
     attributes: Path | None = None          # of make_attributes; None: a picture's label is its category2
     pairs: Path | None = None               # of make_attribute_pairs; None: pictures of one label are alike
-    embeddings: Path | None = None          # of embed: texts of the same products; None: pictures alone
+    embeddings: Path | None = None          # of embed: texts of the same products, by a text encoder
+    clip_texts: ClipTexts | None = None     # or by the text tower of the pictures' own network; neither: pictures alone
     output: Path                            # artefact root of the adapter
     head: HeadConfig = HeadConfig()
     loss: AdapterLossConfig = AdapterLossConfig()
@@ -80,7 +83,7 @@ class FinetuneAttributeAdapterConfig(LoopConfig):
     validation: MiniValidation = MiniValidation()
     gate: SliceGateConfig = SliceGateConfig()
     force: bool = False                     # publish whatever the gate says; it is recorded
-    split_seed: int = Field(default=7, ge=0)        # which groups are train, valid and test
+    split: GroupSplit = GroupSplit()        # of the groups, where there are no pairs; else theirs
     epochs: float = Field(default=10.0, gt=0)
     optim: OptimConfig = OptimConfig(learning_rate=3e-4, weight_decay=0.01)
     workers: WorkersConfig = WorkersConfig()
@@ -90,6 +93,8 @@ class FinetuneAttributeAdapterConfig(LoopConfig):
     def _consistent(self) -> Self:
         if self.workers.count > self.sampler.batch_size:
             raise ValueError(f"workers.count: {self.workers.count} workers for {self.sampler.batch_size} pairs a step")
+        if self.embeddings is not None and self.clip_texts is not None:
+            raise ValueError("embeddings, clip_texts: are two towers for the same texts; give one")
         if self.pairs is not None and self.attributes is None:
             raise ValueError("pairs: are of products; give the attributes they were made from, too")
         return self
@@ -97,12 +102,13 @@ class FinetuneAttributeAdapterConfig(LoopConfig):
     def resolved(self) -> Self:
         """The same with absolute paths: workers start in other directories."""
         given = {name: getattr(self, name) for name in ("vectors", "attributes", "pairs", "embeddings", "output")}
-        return self.replace(**{name: path.resolve() for name, path in given.items() if path is not None})
+        texts = {} if self.clip_texts is None else {"clip_texts": self.clip_texts.resolved().model_dump()}
+        return self.replace(**{name: path.resolve() for name, path in given.items() if path is not None}, **texts)
 
     def key(self, inputs: Mapping[str, str]) -> str:
         """What the run is known by: everything that decides the trained weights; `inputs` are fingerprints."""
-        away = {"vectors", "attributes", "pairs", "embeddings", "output", "gate", "force", "workers", "ray",
-                "trackers", "checkpoint_every"}
+        away = {"vectors", "attributes", "pairs", "embeddings", "clip_texts", "output", "gate", "force", "workers",
+                "ray", "trackers", "checkpoint_every"}
         return fingerprint({"stage": STAGE_VERSION, "inputs": dict(inputs),
                             "config": self.model_dump(mode="json", exclude=away)})
 

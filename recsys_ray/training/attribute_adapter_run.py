@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from recsys_ray import runtime
 from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, sweep_staging
+from recsys_ray.data.attribute_pair_data import GroupSplit
 from recsys_ray.evaluation.gate import GateError
 from recsys_ray.models.attribute_adapter import KIND, AttributeAdapter, adapter_identity
 from recsys_ray.training.attribute_adapter import (
@@ -24,6 +25,7 @@ from recsys_ray.training.attribute_adapter import (
 )
 from recsys_ray.training.attribute_data import Pairs, label_pairs, read_items, split_places
 from recsys_ray.training.attribute_gate import SliceVerdicts, judge_slices, require_alignment
+from recsys_ray.training.clip_texts import clip_text_vectors
 from recsys_ray.training.distributed import rank
 from recsys_ray.training.encoder_run import RESULT, log_outcome, model_files, parameters_of, use_threads, write_model
 from recsys_ray.training.launch import run_workers
@@ -61,6 +63,10 @@ def _finetune(given: FinetuneAttributeAdapterConfig, report: Report | None) -> A
     config = given.resolved()
     inputs = {name: open_artifact(path, kind) for name, kind in KINDS.items()
               if (path := getattr(config, name)) is not None}
+    if config.clip_texts is not None:
+        root = config.output.with_name(config.output.name + "-texts")
+        inputs["embeddings"] = clip_text_vectors(config.clip_texts, inputs["vectors"], root)
+        config = config.replace(embeddings=root, clip_texts=None)
     key = config.key({name: f"{one.manifest.fingerprint} {one.manifest.version}" for name, one in inputs.items()})
     if (done := find_artifact(config.output, KIND, key)) is not None:
         log.info("%s is up to date", done.manifest.reference)
@@ -92,7 +98,8 @@ def _worker(settings: dict[str, Any]) -> None:
 def read_data(config: FinetuneAttributeAdapterConfig, inputs: Inputs) -> AdapterData:
     """What the artefacts hold, split by groups."""
     items = read_items(inputs["vectors"], inputs.get("attributes"), inputs.get("embeddings"))
-    split = split_places(items, config.split_seed)
+    split = split_places(items, config.split if "pairs" not in inputs else
+                         GroupSplit.model_validate(inputs["pairs"].manifest.facts["split"]))
     if "pairs" in inputs:
         table = pa.concat_tables(inputs["pairs"].tables("pairs/train"))
         pairs = Pairs.of(table, items, config.seed)

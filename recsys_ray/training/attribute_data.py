@@ -18,7 +18,9 @@ import pyarrow.compute as pc
 
 from recsys_ray.artifacts import Artifact
 from recsys_ray.config import ConfigError
-from recsys_ray.data.attributes import is_graphic, split_of_group
+from recsys_ray.data.attribute_pair_data import GroupSplit
+from recsys_ray.data.attributes import category_of, split_of_group
+from recsys_ray.data.splits import SPLITS
 from recsys_ray.schema import ATTRIBUTE_PAIR, ATTRIBUTE_ROW, conform
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,7 @@ class Items:
 def without_graphic(rows: pa.Table) -> pa.Table:
     """Rows whose category2 says nothing where it names a graphic, which is a pattern."""
     said = rows["category2"].to_pylist()
-    kept = pa.array([None if one is None or is_graphic(one) else one for one in said], pa.string())
+    kept = pa.array([category_of(one) for one in said], pa.string())
     return rows.set_column(rows.column_names.index("category2"), "category2", kept)
 
 
@@ -201,9 +203,9 @@ def text_vectors(embeddings: Artifact, product_ids: pa.Array) -> Floats:
     return found
 
 
-def split_places(items: Items, seed: int) -> dict[str, Ints]:
+def split_places(items: Items, split: GroupSplit) -> dict[str, Ints]:
     """The places of the pictures of each split: a group is never on two sides."""
     keys = [key if key is not None else product for key, product in
             zip(items.rows["group_key"].to_pylist(), items.rows["product_id"].to_pylist(), strict=True)]
-    said = np.array([split_of_group(key, seed) for key in keys], dtype=object)
-    return {split: np.flatnonzero(said == split).astype(np.int64) for split in ("train", "valid", "test")}
+    said = np.array([split_of_group(key, split.seed, split.train, split.valid) for key in keys], dtype=object)
+    return {name: np.flatnonzero(said == name).astype(np.int64) for name in SPLITS}

@@ -14,6 +14,7 @@ import pytest
 
 from recsys_ray.artifacts import Artifact, stage
 from recsys_ray.config import Config
+from recsys_ray.data.attribute_pair_data import GroupSplit
 from recsys_ray.evaluation.gate import GateError
 from recsys_ray.models.attribute_adapter import AttributeAdapter
 from recsys_ray.retrieval.embed_images import vector_schema
@@ -66,7 +67,7 @@ def pairs_of(rows: list[dict[str, Any]], seed: int = 0) -> pa.Table:
 def data_of(count: int = 240, texts: bool = True) -> AdapterData:
     rows, pictures, words = garments(count)
     items = Items.of(pictures, pa.Table.from_pylist(rows, schema=ATTRIBUTE_ROW), words if texts else None)
-    split = split_places(items, 7)
+    split = split_places(items, GroupSplit())
     return AdapterData(items, split["train"], split["valid"],
                        Pairs.of(pairs_of(rows), items).within(split["train"], len(items)), IMAGE,
                        WORDS if texts else None)
@@ -88,7 +89,7 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
                  ("group_id", pa.string()), ("label", pa.string()), ("width", pa.int32()), ("height", pa.int32()))}}
         ).select(vector_schema(WIDTH).names).cast(vector_schema(WIDTH))),
         "attributes": ("attributes.parquet", {}, pa.Table.from_pylist(rows, schema=ATTRIBUTE_ROW)),
-        "attribute_pairs": ("pairs/train.parquet", {}, pairs_of(rows)),
+        "attribute_pairs": ("pairs/train.parquet", {"split": GroupSplit().model_dump()}, pairs_of(rows)),
         "embeddings": ("vectors/bucket-00000.parquet", {"encoder": WORDS}, pa.table(
             {"row_id": np.arange(len(names)), "product_id": names, "text_hash": names, "vector": vectors(words)}
         ).cast(embedding_schema(TEXT)))}
