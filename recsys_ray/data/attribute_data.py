@@ -139,7 +139,9 @@ def _read(config: LabelAttributesConfig, reader: AttributeReader) -> tuple[pa.Ta
     for source, table in config.products.tables():
         rows = read_values(table.filter(pc.is_null(table["_error"])).select(
             [name for name in table.column_names if not name.startswith("_")]), reader)
-        found = dict(zip(rows["product_id"].to_pylist(), range(rows.num_rows), strict=True))
+        found: dict[str, int] = {}      # the first row of each id
+        for at, product in enumerate(rows["product_id"].to_pylist()):
+            found.setdefault(product, at)
         places = np.flatnonzero(pc.is_null(table["_error"]).to_numpy(zero_copy_only=False))
         category = rows["category2"].to_pylist()
         use = []
@@ -153,9 +155,9 @@ def _read(config: LabelAttributesConfig, reader: AttributeReader) -> tuple[pa.Ta
         seen.update(found)
         aside += [_aside(source, row["product_id"], row["_error"])
                   for row in table.filter(pc.is_valid(table["_error"])).select(["product_id", "_error"]).to_pylist()]
-        kept.append(table.take([place for place, _ in use]).select(
+        kept.append(table.take(pa.array([place for place, _ in use], pa.int64())).select(
             [name for name in table.column_names if not name.startswith("_")]))
-        values.append(rows.take([at for _, at in use]))
+        values.append(rows.take(pa.array([at for _, at in use], pa.int64())))
     quarantine = pa.Table.from_pylist(sorted(aside, key=lambda one: (one["reason"], one["key"] or "")),
                                       schema=QUARANTINE)
     products, rows = pa.concat_tables(kept), pa.concat_tables(values)

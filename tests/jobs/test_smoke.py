@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import os
@@ -350,6 +351,21 @@ def test_make_attribute_pairs() -> None:
     pairs = manifest("attribute-pairs", "attribute_pairs")
     assert pairs.rows("pairs/train.parquet") > 100
     assert pairs.parents["attributes"] == manifest("attributes", "attributes").reference
+
+
+def test_ground_attributes() -> None:
+    """The sample, one kind of verdict filled in as a reviewer would, and its analysis."""
+    assert run_job("label_attributes") == 0
+    assert run_job("ground_attributes", "sample=30") == 0
+    review = open_artifact(DEMO / "grounding", "grounding").file("review.csv")
+    rows = list(csv.DictReader(review.open()))
+    assert len(rows) == 30
+    with Path("done.csv").open("w") as done:
+        writer = csv.DictWriter(done, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "category2 verdict": "right"} for row in rows)
+    assert run_job("ground_attributes", "completed=done.csv", f"output={DEMO}/grounded") == 0
+    assert manifest("grounded", "grounding").facts["attributes"][0]["judged"] == 30
 
 
 def test_realism_card() -> None:
