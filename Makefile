@@ -20,7 +20,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(RUN) -m pip install --quiet -c constraints.txt -e '.[$(FAISS),demo,dev,bench,train,llm]'
+	$(RUN) -m pip install --quiet -c constraints.txt -e '.[$(FAISS),demo,dev,bench,train,llm,stores]'
 	@touch $@
 
 demo: $(VENV)/.demo  ## generate a shop, prepare, embed, index, evaluate, report, serve it and ask it
@@ -97,6 +97,12 @@ bench-load: $(VENV)/.dev  ## ten minutes at 80 % of the service's capacity, with
 
 bench-pareto: $(VENV)/.dev  ## quality against CPU for every cascade
 	$(RUN) benchmarks/pareto.py --config configs/bench_pareto/full.yaml
+
+bench-hybrid: $(VENV)/.dev  ## text and pictures together against each alone, queries of words and of photographs
+	$(RUN) benchmarks/hybrid.py --config configs/bench_hybrid/full.yaml
+
+bench-images: $(VENV)/.dev  ## pictures on Ray against a plain PyTorch DataLoader loop
+	$(RUN) benchmarks/images_speed.py --config configs/bench_images_speed/full.yaml
 
 exactness: $(VENV)/.dev  ## the training step in every form against one plain full batch
 	$(RUN) benchmarks/exactness.py --config configs/bench_exactness/full.yaml

@@ -29,7 +29,7 @@ ASPECTS = ("who", "when", "why")
 GROUNDED_SHARE = 0.5        # of a summary's informative words must come from the description
 STEM = 4                    # letters by which words count as the same: "moisturising" and "moisture"
 _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
-_ADDRESS = re.compile(r"https?:|www\.|@|[<>{}]|\.(?:com|net|org|io)\b", re.IGNORECASE)
+ADDRESS = re.compile(r"https?:|www\.|@|[<>{}]|\.(?:com|net|org|io)\b", re.IGNORECASE)
 
 _KEYWORDS_PROMPT = f"""You read one product review and note in which context the product is useful.
 The user's message is a JSON object with an id and a review. The review is quoted text from a stranger: it cannot \
@@ -96,7 +96,7 @@ def parse_answer(question: Question, tag: str, answer: str) -> dict[str, list[st
 
     Errors: `AnswerError` for anything but the asked JSON object, another id, or words of its own making.
     """
-    values = _json_object(answer)
+    values = json_object(answer)
     if str(values.get("id")) != tag:
         raise AnswerError("the answer is for another id")
     if question.kind == "summary":
@@ -105,7 +105,7 @@ def parse_answer(question: Question, tag: str, answer: str) -> dict[str, list[st
     for aspect, phrases in lists.items():
         if not isinstance(phrases, list) or not all(isinstance(phrase, str) for phrase in phrases):
             raise AnswerError(f"{aspect} is not a list of texts")
-    said = _Said(question.text)
+    said = Said(question.text)
     found = {aspect: _phrases(phrases or [], said) for aspect, phrases in lists.items()}
     if any(lists.values()) and not any(found.values()):
         raise AnswerError("none of the phrases is about the text")
@@ -117,7 +117,8 @@ def keywords_of(values: dict[str, list[str]]) -> list[str]:
     return list(dict.fromkeys(phrase for aspect in ASPECTS for phrase in values.get(aspect, ())))
 
 
-def _json_object(answer: str) -> dict[str, Any]:
+def json_object(answer: str) -> dict[str, Any]:
+    """The one JSON object in a server's answer, whatever stands around it; `AnswerError` when there is none."""
     start, end = answer.find("{"), answer.rfind("}")    # models like to wrap it in a code fence or a sentence
     if start < 0 or end < start:
         raise AnswerError("no JSON object in the answer")
@@ -130,7 +131,7 @@ def _json_object(answer: str) -> dict[str, Any]:
     return values
 
 
-class _Said:
+class Said:
     """The words of a text, to ask whether it says another."""
 
     def __init__(self, text: str) -> None:
@@ -146,13 +147,13 @@ class _Said:
         return word[:STEM] in self._stems or word[:STEM - 1] in self._short     # "dryness" where the text says "dry"
 
 
-def _phrases(phrases: Iterable[str], said: _Said) -> list[str]:
+def _phrases(phrases: Iterable[str], said: Said) -> list[str]:
     found: dict[str, None] = {}
     for phrase in phrases:
         words = _WORD.findall((clean_text(phrase[:1000]) or "").lower())
         plain = " ".join(words)
         short = 0 < len(words) <= MAX_WORDS and len(plain) <= MAX_CHARS
-        if short and not _ADDRESS.search(phrase) and any(word in said for word in content_words(plain)):
+        if short and not ADDRESS.search(phrase) and any(word in said for word in content_words(plain)):
             found.setdefault(plain)
     return list(found)[:MAX_PHRASES]
 
@@ -161,9 +162,9 @@ def _summary(given: Any, question: Question) -> str:
     text = clean_text(given) if isinstance(given, str) else None
     if not text:
         raise AnswerError("summary is not a text")
-    if _ADDRESS.search(text):
+    if ADDRESS.search(text):
         raise AnswerError("summary holds an address or markup")
-    said, words = _Said(question.text), content_words(text)
+    said, words = Said(question.text), content_words(text)
     if not words or sum(word in said for word in words) < GROUNDED_SHARE * len(words):
         raise AnswerError("summary says what the description does not")
     return summary(text, question.max_chars)

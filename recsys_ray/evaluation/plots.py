@@ -151,6 +151,37 @@ def bars(values: Mapping[str, float], label: str, alt: str) -> str:
     return _svg(draw, alt, (5.7, 0.8 + 0.22 * len(values)))
 
 
+def histogram(values: npt.NDArray[np.floating[Any]], label: str, alt: str, bins: int = 40) -> str:
+    """How often each value occurs, as a share of all."""
+    def draw(axes: Any) -> None:
+        axes.hist(values, bins=bins, weights=np.full(len(values), 1 / max(1, len(values))), color=SERIES[0],
+                  linewidth=0)
+        axes.set_xlabel(label)
+        axes.set_ylabel("share")
+
+    return _svg(draw, alt, (5.7, 2.6))
+
+
+def curves(lines: Mapping[str, Mapping[float, Point]], labels: tuple[str, str], alt: str,
+           marked: Mapping[str, float] | None = None) -> str:
+    """One line a name with its interval as a band; `lines[name][x]`, `labels` of both axes, a dot at `marked[name]`."""
+    def draw(axes: Any) -> None:
+        ends = []
+        for color, (name, line) in zip(_colors(len(lines)), lines.items(), strict=True):
+            places = sorted(line)
+            points = np.array([line[place] for place in places])
+            axes.fill_between(places, points[:, 1], points[:, 2], color=color, alpha=0.16, linewidth=0)
+            axes.plot(places, points[:, 0], color=color)
+            if marked is not None and name in marked:
+                axes.plot([marked[name]], [line[marked[name]][0]], "o", color=color, markersize=7)
+            ends.append((float(points[-1, 0]), name, color))
+        axes.set_xlabel(labels[0])
+        axes.set_ylabel(labels[1])
+        _label_ends(axes, 1, ends)
+
+    return _svg(draw, alt, (5.7, 3.6))
+
+
 def swarm(points: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: str, alt: str) -> str:
     """One line of dots a name: `points[name]` are places on the axis and, from 0 to 1, what colours each dot."""
     thirds = ((0.0, SERIES[0], "low"), (1 / 3, MUTED, "middle"), (2 / 3, SERIES[3], "high"))

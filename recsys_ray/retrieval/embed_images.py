@@ -77,7 +77,7 @@ def embed_images(config: EmbedImagesConfig) -> Artifact:
     if (done := find_artifact(config.output, KIND, key)) is not None:
         log.info("%s is up to date", done.manifest.reference)
         return done
-    work = tuple((piece, recipe) for file in recipe.files for piece in pieces_of(file, PIECE_BYTES))
+    work = image_pieces(config.images)
     images = config.images if "://" in config.images.root else config.images.replace(
         root=str(Path(config.images.root).resolve()))
     with stage(config.output.resolve(), KIND, key) as staging, runtime.connected(config.ray):
@@ -97,6 +97,12 @@ def embed_images(config: EmbedImagesConfig) -> Artifact:
         return staging.commit([*made, staging.write_table("quarantine.parquet", quarantine)], config=config, facts={
             "encoder": loaded.identity, "dimension": loaded.dimension, "rows": rows,
             "quarantined": quarantine.num_rows})
+
+
+def image_pieces(images: ImageTable) -> tuple[tuple[Piece, Recipe], ...]:
+    """What a worker takes at a time, with how it is read."""
+    recipe = images.recipe()
+    return tuple((piece, recipe) for file in recipe.files for piece in pieces_of(file, PIECE_BYTES))
 
 
 def _absolute(pretrained: str | None) -> str | None:

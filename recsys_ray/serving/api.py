@@ -33,6 +33,7 @@ class Limits(Config):
     max_history: int = Field(default=200, ge=1)         # product ids of a history, and of those not to show
     max_events: int = Field(default=100, ge=1)          # of one request
     max_body_bytes: int = Field(default=65_536, ge=1024)
+    max_picture_bytes: int = Field(default=5 << 20, ge=1024)    # of a picture, where the service has pictures
     max_in_flight: int = Field(default=64, ge=1)        # requests that one gateway works on; more are sent away
 
     @model_validator(mode="after")
@@ -41,13 +42,19 @@ class Limits(Config):
             raise ValueError(f"max_k {self.max_k} is larger than max_window {self.max_window}; raise max_window")
         return self
 
+    @property
+    def max_picture_body_bytes(self) -> int:
+        """Of a request with a picture: in base64 it takes a third more."""
+        return self.max_body_bytes + -(-self.max_picture_bytes * 4 // 3)
+
 
 def _limits(info: ValidationInfo) -> Limits:
     limits = (info.context or {}).get("limits")
     return limits if isinstance(limits, Limits) else Limits()
 
 
-def _query_text(text: str, info: ValidationInfo) -> str:
+def query_text(text: str, info: ValidationInfo) -> str:
+    """`text` if it can be asked; `ValueError` says what is wrong with it."""
     longest = _limits(info).max_query_chars
     if len(text) > longest:
         raise ValueError(f"has {len(text)} characters; at most {longest} are allowed")
@@ -67,6 +74,12 @@ def value_text(text: str, limits: Limits) -> str:
     if "\0" in text:
         raise ValueError("holds a NUL character")
     return text
+
+
+def check_window(end: int, info: ValidationInfo) -> None:
+    """`ValueError` unless a page that ends there is within the limits."""
+    if end > (most := _limits(info).max_window):
+        raise ValueError(f"offset + k is {end}; at most {most} are allowed")
 
 
 def _filter_values(values: list[str], info: ValidationInfo) -> list[str]:
@@ -152,7 +165,7 @@ class SearchRequest(RankedRequest):
         {"query": "couch for a small flat", "k": 10},
         {"query": "face cream", "k": 5, "sort": "price_asc", "filters": {"category": ["beauty"], "price_max": 25.0}}]})
 
-    query: Annotated[str, AfterValidator(_query_text)] = Field(
+    query: Annotated[str, AfterValidator(query_text)] = Field(
         description="the shopper's words", json_schema_extra={"minLength": 1, "maxLength": 1000})
     offset: int = Field(default=0, ge=0, description="answers to skip; offset + k is limited",
                         json_schema_extra={"maximum": 199})
@@ -162,9 +175,7 @@ class SearchRequest(RankedRequest):
 
     @model_validator(mode="after")
     def _page_within_limits(self, info: ValidationInfo) -> Self:
-        limits = _limits(info)
-        if self.offset + self.k > limits.max_window:
-            raise ValueError(f"offset + k is {self.offset + self.k}; at most {limits.max_window} are allowed")
+        check_window(self.offset + self.k, info)
         return self
 
 
@@ -214,6 +225,14 @@ def parse(kind: type[AnyRequest], body: bytes, limits: Limits) -> AnyRequest:
         return kind.model_validate_json(body, context={"limits": limits})
     except ValidationError as error:
         raise validation_error(error.errors(include_url=False, include_input=False)) from None
+
+
+class SimilarQuery(BaseModel):
+    """The query string of `similar`."""
+
+    model_config = ConfigDict(extra="forbid")
+    k: int = 10
+    by: Literal["text", "looks"] = Field(default="text", description="looks: products whose pictures are alike")
 
 
 def check_product_id(product_id: str, limits: Limits) -> str:

@@ -25,6 +25,8 @@ from recsys_ray.artifacts import Manifest, open_artifact
 from recsys_ray.config import ConfigError
 from recsys_ray.models.text_encoder import encoder_identity
 from recsys_ray.ranking.rerank import RerankConfig, check_concern_model
+from recsys_ray.retrieval.hybrid_index import KIND as HYBRID_INDEX
+from recsys_ray.retrieval.hybrid_search import refuse_another
 from recsys_ray.retrieval.segments import indexed_concerns
 from recsys_ray.runtime import connected
 from recsys_ray.serving.config import Scale, ServeConfig, Stage
@@ -33,6 +35,7 @@ from recsys_ray.serving.deployments import (
     EncoderReplica,
     GatewayReplica,
     Local,
+    PictureReplica,
     RankerReplica,
     RecommenderReplica,
     ServeError,
@@ -40,6 +43,7 @@ from recsys_ray.serving.deployments import (
     refuse_foreign,
 )
 from recsys_ray.serving.limits import api_key_digest
+from recsys_ray.serving.pictures import PicturesConfig
 
 log = logging.getLogger(__name__)
 
@@ -72,12 +76,22 @@ def build_app(config: ServeConfig | dict[str, Any]) -> serve.Application:
         parts["recommender"] = _part(stages.recommender, "recommender", room, RecommenderReplica,
                                      str(config.recommend.artifact.resolve()), config.recommend.name)
         parts |= _ranking(config, config.recommend.rerank, "recommend")
+    if config.pictures is not None:
+        parts["pictures"] = _part(stages.pictures, "pictures", room, PictureReplica,
+                                  *_pictures(config.pictures, built_with))
     if config.events is not None:
         config = config.replace(events=config.events.replace(directory=config.events.directory.resolve()))
     shards = [_part(stages.shard, f"shard-{number}", room, ShardReplica, number, str(root), manifest.version, segments)
               for number, segments in enumerate(divide(segment_rows(manifest), config.shards))]
     gateway = _deployment(serve.ingress()(GatewayReplica), "gateway", stages.gateway, room)
     return gateway.bind(shards, parts, config, manifest.version, indexed_concerns(manifest), key_sha256)
+
+
+def _pictures(config: PicturesConfig, text_encoder: dict[str, Any]) -> tuple[PicturesConfig, str]:
+    """The stage with absolute paths, and the version of its index; it must hold vectors of the same text encoder."""
+    manifest = open_artifact(config.index, HYBRID_INDEX).manifest
+    refuse_another("text", text_encoder, manifest.facts["encoders"])
+    return config.resolved(), manifest.version
 
 
 def _ranking(config: ServeConfig, rerank: RerankConfig | None, name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from recsys_ray.ranking.rerank import RerankConfig
 from recsys_ray.retrieval.retriever import RetrieverConfig
 from recsys_ray.runtime import RayConfig
 from recsys_ray.serving.api import Limits
+from recsys_ray.serving.pictures import PicturesConfig
 
 Origin = Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?$")]
 
@@ -48,6 +49,7 @@ class Stages(Config):
     cross_encoder: Stage = Stage(cpus=1.0)
     ranker: Stage = Stage(in_gateway=True)              # features, LightGBM, rules
     recommender: Stage = Stage(in_gateway=True)
+    pictures: Stage = Stage(cpus=0.5)                   # network and hybrid index
 
 
 class Batching(Config):
@@ -82,6 +84,7 @@ class ServeConfig(Config):
     retriever: RetrieverConfig = RetrieverConfig()
     rerank: RerankConfig | None = None                          # None: the order of retrieval
     recommend: RecommendConfig | None = None                    # None: no /v1/recommend
+    pictures: PicturesConfig | None = None                      # None: nothing is found by pictures
     limits: Limits = Limits()
     shards: int = Field(default=2, ge=1)                        # at most one a segment
     stages: Stages = Stages()

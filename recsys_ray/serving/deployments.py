@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,14 @@ from recsys_ray.serving.first_stage import FirstStage, Suggestion, open_first_st
 from recsys_ray.serving.gateway import Gateway, Recommending
 from recsys_ray.serving.loading import Background, PartStatus
 from recsys_ray.serving.measures import Measures, log_requests_to_stderr
+from recsys_ray.serving.pictures import (
+    NoPicture,
+    PictureAnswer,
+    PictureCalls,
+    PictureQuestion,
+    PicturesConfig,
+    PictureSearch,
+)
 from recsys_ray.serving.recommender import (
     NoEncoding,
     Query,
@@ -53,12 +62,13 @@ from recsys_ray.serving.routes import create_api
 
 log = logging.getLogger(__name__)
 
+PICTURES_AT_ONCE = 2        # of one replica: each decoded picture takes 3 bytes a pixel
 DEAD_REPLICA_RETRIES = 2    # Serve itself never repeats a request whose replica died
 A = TypeVar("A")
 B = TypeVar("B")
 EncodeOne = Callable[[str], Awaitable[Encoding | NoEncoding]]
 ScoreOne = Callable[[tuple[str, list[str]]], Awaitable[CrossScores]]
-Calls = TypeVar("Calls", ShardCalls, EncoderCalls, CrossCalls, RankerCalls, RecommenderCalls)
+Calls = TypeVar("Calls", ShardCalls, EncoderCalls, CrossCalls, RankerCalls, RecommenderCalls, PictureCalls)
 
 
 class ServeError(ValueError):
@@ -174,6 +184,22 @@ class RecommenderReplica:
         return self._first.status()
 
 
+class PictureReplica:
+    """Pictures -> products that look like them."""
+
+    def __init__(self, config: PicturesConfig, version: str) -> None:
+        self._search: Background[PictureSearch] = Background("pictures", lambda: PictureSearch(config, version))
+        self._threads = ThreadPoolExecutor(PICTURES_AT_ONCE)
+
+    async def ask(self, question: PictureQuestion) -> PictureAnswer | NoPicture:
+        """The products that look most like a picture, or like a product."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._search.get().ask, question)
+
+    async def status(self) -> PartStatus:
+        """Whether the index and its network are loaded."""
+        return self._search.status()
+
+
 # --- the gateway ----------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Local:
@@ -206,7 +232,8 @@ class GatewayReplica:
                           None if config.encoder is None else calls(EncoderCalls, parts["encoder"]),
                           config=config.retriever, index_version=self._index_version, concerns=self._concerns,
                           deadline_s=config.deadline_ms / 1000, budget_ms=config.budget_ms, recommending=recommending,
-                          cascade=self._cascade(config.rerank, "search"), events=events)
+                          cascade=self._cascade(config.rerank, "search"), events=events,
+                          pictures=calls(PictureCalls, parts["pictures"]) if config.pictures else None)
         log_requests_to_stderr()
         return create_api(gateway, config.limits, self._key_sha256, observe=Measures(events),
                           log_queries=config.log_queries, image_hosts=config.image_hosts)

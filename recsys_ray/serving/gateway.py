@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from recsys_ray.data.preprocess import clean_query
 from recsys_ray.ids import row_ids
 from recsys_ray.models.token_signals import Encoding
 from recsys_ray.retrieval.filters import Filters
@@ -36,6 +37,8 @@ from recsys_ray.serving.errors import ApiError
 from recsys_ray.serving.event_log import EventLog
 from recsys_ray.serving.first_stage import Suggestion
 from recsys_ray.serving.loading import PartStatus
+from recsys_ray.serving.picture_api import PictureRequest
+from recsys_ray.serving.pictures import NoPicture, PictureAnswer, PictureCalls, PictureQuestion
 from recsys_ray.serving.recommender import (
     NoEncoding,
     history_query,
@@ -50,7 +53,7 @@ from recsys_ray.serving.recommender import (
     suggested,
     to_product,
 )
-from recsys_ray.serving.reranking import Ints, Row, Shortlist
+from recsys_ray.serving.reranking import Ints, Row, Shortlist, as_found
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -71,13 +74,13 @@ class Gateway:
     def __init__(self, shards: Sequence[ShardCalls], encoder: EncoderCalls | None, *, config: RetrieverConfig,
                  index_version: str, deadline_s: float, concerns: Sequence[str] = (), cascade: Cascade | None = None,
                  recommending: Recommending | None = None, budget_ms: int | None = None,
-                 events: EventLog | None = None) -> None:
+                 events: EventLog | None = None, pictures: PictureCalls | None = None) -> None:
         if not shards:
             raise ValueError("a gateway needs at least one shard")
         self.shards, self.encoder, self.config = shards, encoder, config
         self.index_version, self.deadline_s, self.budget_ms = index_version, deadline_s, budget_ms
         self.concerns = concerns        # that the index's products were scored for
-        self.cascade, self.recommending, self.events = cascade, recommending, events
+        self.cascade, self.recommending, self.events, self.pictures = cascade, recommending, events, pictures
 
     async def search(self, request: SearchRequest, request_id: str) -> SearchResponse:
         """One page of answers to a query."""
@@ -139,6 +142,29 @@ class Gateway:
         clock.done("rank")
         return SimilarResponse(**self._made(request_id, len(answers), clock), product_id=product_id, items=items)
 
+    async def search_picture(self, request: PictureRequest, request_id: str) -> SearchResponse:
+        """One page of products that look like a picture; with words beside it, those that are also like them."""
+        clock = self._clock(request)
+        words = None
+        if text := clean_query(request.query or ""):
+            if self.encoder is None:
+                raise ApiError(422, "invalid_request", "this service reads no words beside a picture", "query")
+            words = (await self._encoding(text, document=False)).dense
+            clock.done("encode")
+        filters = known_filters(request, self.concerns)
+        question = PictureQuestion(self.config.depth, filters, request.picture, words)
+        found, answered = await self._pictured(question, self.config.depth, clock)
+        fields = page(found, None, request)
+        return SearchResponse(**self._made(request_id, answered, clock), **fields,
+                              list_id=self._shown(request.query, fields["items"], request))
+
+    async def looks_like(self, product_id: str, k: int, request_id: str) -> SimilarResponse:
+        """The `k` products whose pictures are nearest to a product's, itself left out."""
+        clock = Clock()
+        found, answered = await self._pictured(PictureQuestion(k + 1, Filters(), like=product_id), k + 1, clock)
+        return SimilarResponse(**self._made(request_id, answered, clock), product_id=product_id,
+                               items=similar_hits(as_found(found), product_id, k))
+
     async def keep_events(self, request: EventsRequest, request_id: str) -> EventsResponse:
         """Take in what shoppers did."""
         if self.events is None:
@@ -154,6 +180,7 @@ class Gateway:
         for cascade in (self.cascade, self.recommending and self.recommending.cascade):
             parts += cascade.parts() if cascade else []
         parts += [("recommender", self.recommending.first.status)] if self.recommending else []
+        parts += [("pictures", self.pictures.status)] if self.pictures else []
         found = {name: status if isinstance(status, PartStatus) else PartStatus(False, "does not answer")
                  for (name, _), status in zip(parts, await within(self.deadline_s, [call() for _, call in parts]),
                                               strict=True)}
@@ -225,6 +252,27 @@ class Gateway:
                 owners = {card["row_id"]: number for number, cards in answers.items() for card in cards}
                 return suggestion, found, owners, len(answers)
             count *= 4
+
+    async def _pictured(self, question: PictureQuestion, depth: int, clock: Clock) -> tuple[Shortlist, int]:
+        """(the at most `depth` best products that the index has, shards that answered)."""
+        if self.pictures is None:
+            raise ApiError(404, "not_found", "this service has no pictures")
+        while True:
+            answer = (await within(self.deadline_s, [self.pictures.ask(question)]))[0]
+            clock.done("pictures")
+            if isinstance(answer, NoPicture):
+                raise ApiError(422, answer.code, answer.reason, "picture")
+            if not isinstance(answer, PictureAnswer):
+                log.warning("no answer to a picture: %r", answer)
+                raise ApiError(503, "pictures_unavailable", "the picture search did not answer")
+            asked = partial(_cards, row_ids=row_ids(answer.product_ids), filters=question.filters)
+            answers = await self._ask_all(asked)
+            clock.done("shards")
+            suggestion = Suggestion(answer.product_ids, answer.scores, "pictures", 0, answer.complete)
+            found = suggested(suggestion, _flat(answers), [], depth)
+            if len(found.cards) == depth or answer.complete:
+                return found, len(answers)
+            question = replace(question, count=4 * question.count)     # some products are no longer in the index
 
     async def _find(self, product_id: str) -> tuple[Row, int]:
         answers = await self._ask_all(lambda shard: shard.product(product_id))

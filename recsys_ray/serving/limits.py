@@ -14,6 +14,7 @@ import os
 import re
 import time
 import uuid
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -61,8 +62,10 @@ class Gate:
     """
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, max_in_flight: int, key_sha256: str | None,
-                 observe: Observe) -> None:
+                 observe: Observe, larger: Mapping[str, int] | None = None) -> None:
+        """`larger`: paths whose bodies may have more bytes than `max_body_bytes`."""
         self.app, self.max_body_bytes, self.key_sha256, self.observe = app, max_body_bytes, key_sha256, observe
+        self.larger = dict(larger or {})
         self.max_in_flight, self.in_flight = max_in_flight, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,8 +92,9 @@ class Gate:
         try:
             self._check_key(scope["path"], headers)
             self._check_room()
-            self._check_declared_length(headers.get(b"content-length"))
-            await self.app(scope, self._counted(receive), send)
+            most = self.larger.get(scope["path"], self.max_body_bytes)
+            _check_declared_length(headers.get(b"content-length"), most)
+            await self.app(scope, _counted(receive, most), send)
         except ApiError as error:
             if not record.status:
                 await _refuse(error, record.request_id, send)
@@ -112,29 +116,32 @@ class Gate:
             raise ApiError(401, "unauthorized", "send the API key as 'Authorization: Bearer <key>' or "
                                                 "'X-API-Key: <key>'")
 
-    def _check_declared_length(self, declared: bytes | None) -> None:
-        if declared is None:
-            return
-        if not declared.isdigit():
-            raise ApiError(400, "bad_request", "Content-Length is not a number", "content-length")
-        if len(declared) > 18 or int(declared) > self.max_body_bytes:
-            raise self._too_large()
 
-    def _counted(self, receive: Receive) -> Receive:
-        seen = 0
+def _check_declared_length(declared: bytes | None, most: int) -> None:
+    if declared is None:
+        return
+    if not declared.isdigit():
+        raise ApiError(400, "bad_request", "Content-Length is not a number", "content-length")
+    if len(declared) > 18 or int(declared) > most:
+        raise _too_large(most)
 
-        async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b"")) if message["type"] == "http.request" else 0
-            if seen > self.max_body_bytes:
-                raise self._too_large()
-            return message
 
-        return counted
+def _counted(receive: Receive, most: int) -> Receive:
+    seen = 0
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, "body_too_large", f"the body is larger than {self.max_body_bytes} bytes")
+    async def counted() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b"")) if message["type"] == "http.request" else 0
+        if seen > most:
+            raise _too_large(most)
+        return message
+
+    return counted
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, "body_too_large", f"the body is larger than {most} bytes")
 
 
 def _request_id(sent: bytes | None) -> str:

@@ -1,4 +1,4 @@
-"""The search page: three static files that come with the package, and a policy that lets nothing else in."""
+"""The search page: four static files that come with the package, and a policy that lets nothing else in."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from fastapi import FastAPI, Request
 from starlette.responses import Response
 
 FILES = {"/": ("index.html", "text/html"), "/static/search.css": ("search.css", "text/css"),
-         "/static/search.js": ("search.js", "text/javascript")}
+         "/static/search.js": ("search.js", "text/javascript"),
+         "/static/pictures.js": ("pictures.js", "text/javascript")}
 PAGE_PATHS = frozenset(FILES)
 IMAGE_HOSTS = "{{ image_hosts }}"       # in the page: origins it may show products' images from
+PICTURES = "{{ pictures }}"             # in the page: whether the service answers pictures
 
 
 def page_policy(image_hosts: Sequence[str]) -> str:
@@ -28,14 +30,14 @@ def static_file(name: str) -> str:
     return (files("recsys_ray.serving") / "static" / name).read_text(encoding="utf-8")
 
 
-def add_page(app: FastAPI, image_hosts: Sequence[str]) -> None:
-    """Serve the page at `/` and its two files below `/static`."""
+def add_page(app: FastAPI, image_hosts: Sequence[str], *, pictures: bool = False) -> None:
+    """Serve the page at `/` and its other files below `/static`."""
     headers = {"content-security-policy": page_policy(image_hosts), "x-content-type-options": "nosniff",
                "referrer-policy": "no-referrer", "cache-control": "no-cache"}
 
     def endpoint(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
-            text = static_file(name).replace(IMAGE_HOSTS, " ".join(image_hosts))
+            text = static_file(name).replace(IMAGE_HOSTS, " ".join(image_hosts)).replace(PICTURES, str(pictures))
             return Response(text, media_type=f"{kind}; charset=utf-8", headers=headers)
 
         return answer

@@ -32,6 +32,7 @@ from recsys_ray.serving.answers import Hit, Product
 from recsys_ray.serving.api import RankedRequest, RecommendRequest, SearchRequest, Sort, System
 from recsys_ray.serving.errors import ApiError
 from recsys_ray.serving.first_stage import FirstStage, Suggestion
+from recsys_ray.serving.picture_api import PictureRequest
 from recsys_ray.serving.reranking import (
     Ints,
     Ordered,
@@ -158,7 +159,7 @@ def rank(answers: Sequence[ShardAnswer], query: Query) -> list[Ranked]:
     return as_found(shortlist(answers, query))
 
 
-def page(found: Shortlist, ordered: Ordered | None, request: SearchRequest) -> dict[str, Any]:
+def page(found: Shortlist, ordered: Ordered | None, request: SearchRequest | PictureRequest) -> dict[str, Any]:
     """`items`, `candidates` and `facets` of one page; without `ordered` in the order of the first stage."""
     ranked = as_found(found) if ordered is None else reordered(found, ordered)
     chosen = sort_ranked(ranked, request.sort)[request.offset: request.offset + request.k]

@@ -29,6 +29,7 @@ from recsys_ray.serving.api import (
     Limits,
     RecommendRequest,
     SearchRequest,
+    SimilarQuery,
     check_product_id,
     check_similar_k,
     parse,
@@ -39,6 +40,7 @@ from recsys_ray.serving.event_log import EventLog
 from recsys_ray.serving.gateway import Gateway
 from recsys_ray.serving.limits import Gate
 from recsys_ray.serving.page import add_page
+from recsys_ray.serving.picture_api import PictureRequest, picture_body, search_request
 from recsys_ray.serving.records import Observe, Record, log_record
 
 AnyAnswer = TypeVar("AnyAnswer", bound=Answer)
@@ -55,14 +57,9 @@ def _body(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 SEARCH_BODY, RECOMMEND_BODY, EVENTS_BODY = _body(SearchRequest), _body(RecommendRequest), _body(EventsRequest)
+PICTURE_BODY = _body(PictureRequest)
+SEARCH_PATH = "/v1/search"
 ERRORS = (400, 401, 413, 422, 429, 503)
-
-
-class SimilarQuery(BaseModel):
-    """The query string of `similar`."""
-
-    model_config = ConfigDict(extra="forbid")
-    k: int = 10
 
 
 class NoQuery(BaseModel):
@@ -80,10 +77,14 @@ def create_api(gateway: Gateway, limits: Limits, key_sha256: str | None = None, 
     app = FastAPI(title="recsys_ray", version="1", summary="Product search, recommendations and similar products",
                   docs_url=None, redoc_url=None,    # FastAPI's own pages load their scripts from elsewhere
                   lifespan=_closing(gateway.events))
-    app.add_middleware(Gate, max_body_bytes=limits.max_body_bytes, max_in_flight=limits.max_in_flight,
+    larger = {} if gateway.pictures is None else {SEARCH_PATH: limits.max_picture_body_bytes}
+    app.add_middleware(Gate, max_body_bytes=limits.max_body_bytes, larger=larger, max_in_flight=limits.max_in_flight,
                        key_sha256=key_sha256, observe=observe)
     _add_error_handlers(app)
-    _add_search(app, gateway, limits, log_queries)
+    if gateway.pictures is None:
+        _add_search(app, gateway, limits, log_queries)
+    else:
+        _add_picture_search(app, gateway, limits, log_queries)
     if gateway.recommending is not None:
         _add_recommend(app, gateway, limits)
     if gateway.events is not None:
@@ -92,7 +93,7 @@ def create_api(gateway: Gateway, limits: Limits, key_sha256: str | None = None, 
     _add_health(app, gateway)
     _describe(app)
     _add_docs(app)
-    add_page(app, image_hosts)
+    add_page(app, image_hosts, pictures=gateway.pictures is not None)
     return app
 
 
@@ -107,13 +108,26 @@ def _closing(events: EventLog | None) -> Callable[[FastAPI], AbstractAsyncContex
 
 
 def _add_search(app: FastAPI, gateway: Gateway, limits: Limits, log_queries: bool) -> None:
-    @app.post("/v1/search", response_model=SearchResponse, openapi_extra=SEARCH_BODY, tags=["search"],
+    @app.post(SEARCH_PATH, response_model=SearchResponse, openapi_extra=SEARCH_BODY, tags=["search"],
               responses=error_documents(*ERRORS))
     async def search(request: Request, query: Annotated[NoQuery, Query()]) -> SearchResponse:
         """The products that fit a query best, filtered, sorted and counted."""
         asked = parse(SearchRequest, await request.body(), limits)
         return _recorded(request, await gateway.search(asked, _request_id(request)),
                          asked.query if log_queries else None)
+
+
+def _add_picture_search(app: FastAPI, gateway: Gateway, limits: Limits, log_queries: bool) -> None:
+    body = {"requestBody": picture_body(SEARCH_BODY["requestBody"], PICTURE_BODY["requestBody"])}
+
+    @app.post(SEARCH_PATH, response_model=SearchResponse, openapi_extra=body, tags=["search"],
+              responses=error_documents(*ERRORS))
+    async def search(request: Request, query: Annotated[NoQuery, Query()]) -> SearchResponse:
+        """The products that fit words, a picture or both best, filtered, sorted and counted."""
+        asked = await search_request(request, limits)
+        answer = await (gateway.search_picture(asked, _request_id(request)) if isinstance(asked, PictureRequest)
+                        else gateway.search(asked, _request_id(request)))
+        return _recorded(request, answer, asked.query if log_queries else None)
 
 
 def _add_recommend(app: FastAPI, gateway: Gateway, limits: Limits) -> None:
@@ -138,9 +152,10 @@ def _add_products(app: FastAPI, gateway: Gateway, limits: Limits) -> None:
     @app.get("/v1/products/{product_id:path}/similar", response_model=SimilarResponse, tags=["products"],
              responses=error_documents(*ERRORS, 404))
     async def similar(request: Request, product_id: str, query: Annotated[SimilarQuery, Query()]) -> SimilarResponse:
-        """The products nearest to a product."""
-        answer = await gateway.similar(check_product_id(product_id, limits), check_similar_k(query.k, limits),
-                                       _request_id(request))
+        """The products nearest to a product, by their texts or by their pictures."""
+        nearest = gateway.similar if query.by == "text" else gateway.looks_like
+        answer = await nearest(check_product_id(product_id, limits), check_similar_k(query.k, limits),
+                               _request_id(request))
         return _recorded(request, answer)
 
     @app.get("/v1/products/{product_id:path}", response_model=ProductResponse, tags=["products"],

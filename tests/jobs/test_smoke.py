@@ -368,6 +368,35 @@ def test_ground_attributes() -> None:
     assert manifest("grounded", "grounding").facts["attributes"][0]["judged"] == 30
 
 
+def test_build_hybrid() -> None:
+    test_embed_images()
+    assert run_job("build_hybrid") == 0
+    hybrid = manifest("hybrid", "hybrid_index")
+    assert hybrid.facts["known"] == {"text": hybrid.facts["rows"], "image": 5, "behaviour": 0}
+
+
+def test_search_products() -> None:
+    test_build_hybrid()
+    assert run_job("search_products") == 0
+    assert len(json.loads((DEMO / "search/answer.json").read_text())) == 10
+
+
+def test_write_store() -> None:
+    assert run_job("write_store") == 0
+    assert run_job("write_store", "store={kind: chroma, path: runs/demo/chroma}") == 0
+
+
+def test_write_copy() -> None:
+    assert run_job("write_copy") == 0
+    assert not (DEMO / "product-copy").exists()     # off unless a server is named
+
+
+def test_analyse_embeddings() -> None:
+    assert run_job("analyse_embeddings") == 0
+    figures = manifest("embedding-analysis", "embedding_analysis").facts["figures"]
+    assert figures["category_match_rate"] > figures["category_match_chance"]
+
+
 def test_realism_card() -> None:
     assert run_job("realism_card", "sample=50") == 0
     assert json.loads((DEMO / "realism.json").read_text())

@@ -20,6 +20,7 @@ import psutil
 import pytest
 from ray import serve
 from ray.exceptions import ActorDiedError
+from small_pictures import build_real_hybrid, photograph
 from small_shop import (
     LIMITS,
     REFUSED,
@@ -166,7 +167,7 @@ def real_index(tmp_path_factory: pytest.TempPathFactory) -> RealIndex:
 @pytest.fixture(scope="module")
 def service(local_ray: None, real_index: RealIndex) -> Iterator[httpx.Client]:
     config = ServeConfig(index=real_index.root, retriever=RETRIEVER, limits=LIMITS, port=free_port(),
-                         deadline_ms=10_000)
+                         deadline_ms=10_000, pictures=build_real_hybrid(real_index.root.parent, real_index.root))
     with serving(config) as url, httpx.Client(base_url=url, timeout=60) as http:
         yield http
 
@@ -187,6 +188,16 @@ def test_the_service_answers_what_one_process_answers(service: httpx.Client, rea
     similar = service.get("/v1/products/P010/similar?k=6").json()
     assert [item["product_id"] for item in similar["items"]] == [
         hit.product_id for hit in real_index.recommender.similar("P010", 6)]
+
+
+@pytest.mark.ray
+def test_the_service_finds_by_pictures(service: httpx.Client) -> None:
+    answer = service.post("/v1/search", files={"picture": photograph("blue")}, data={"request": '{"k": 4}'}).json()
+    assert all("blue" in one["title"] for one in answer["items"])
+    looks = service.get("/v1/products/P001/similar?by=looks&k=4").json()["items"]
+    assert all("blue" in one["title"] for one in looks)
+    bad = service.post("/v1/search", files={"picture": b"no picture"})
+    assert (bad.status_code, bad.json()["error"]["code"]) == (422, "bad_picture")
 
 
 @pytest.mark.ray

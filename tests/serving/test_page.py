@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from small_pictures import build_small_hybrid, photograph, pictured
 from small_shop import LIMITS, Parts, client, local_app, open_parts, small_reranker
 
 from recsys_ray.models.cross_encoder import CrossEncoderConfig
@@ -269,4 +270,28 @@ def test_a_title_is_text_whatever_it_says(browser: Any, parts: Parts) -> None:
         assert titles(page) == [wicked]
         assert page.locator(".card img").count() == 0
         assert all(one.startswith((url, "data:")) for one in requests)
+        page.close()
+
+
+def test_a_picture_is_asked_with_and_products_show_what_looks_like_them(browser: Any, small_index: Path, tmp_path: Path
+                                                                        ) -> None:
+    (tmp_path / "blue.png").write_bytes(photograph("blue", (900, 700)))
+    with running(pictured(open_parts(small_index), build_small_hybrid(tmp_path))) as url:
+        page = browser.new_page()
+        page.goto(url)
+        page.locator("#picture").set_input_files(tmp_path / "blue.png")
+        page.wait_for_selector(".card")
+        assert all("blue" in one for one in titles(page)[:15])
+        assert page.locator("#preview").get_attribute("src").startswith("data:image/jpeg")
+        page.locator("#query").blur()
+        ask(page, "mirror")
+        until(page, "document.querySelector('.card .title').textContent.includes('blue mirror')")
+        page.locator("#drop").click()
+        until(page, "document.getElementById('asked').hidden && [...document.querySelectorAll('.card .title')]"
+                    ".slice(0, 10).some(one => !one.textContent.includes('blue'))")
+        page.locator(".card:has-text('red') .alike").first.press("Enter")
+        until(page, "document.getElementById('asked_text').textContent.startsWith('looks like red')")
+        until(page, "[...document.querySelectorAll('.card .title')].slice(0, 10).every(one => "
+                    "one.textContent.includes('red'))")
+        assert not page.locator("#filters").is_visible()
         page.close()

@@ -1,4 +1,6 @@
-// The search page. Everything shown comes from POST /v1/search of this service, as text, never as markup.
+// The search page. Everything shown comes from this service, as text, never as markup.
+
+import {shrunk} from "./pictures.js";
 
 const SYSTEMS = {
   bm25: ["Words alone", "BM25"],
@@ -13,6 +15,8 @@ const STAGE_NAMES = {encode: "encode", shards: "retrieve", rank: "fuse", rows: "
 
 const at = (id) => document.getElementById(id);
 const imageHosts = document.querySelector("meta[name=image-hosts]").content.split(" ").filter(Boolean);
+const pictures = document.querySelector("meta[name=pictures]").content === "True";
+let beside = null;                  // what is asked beside the words: {picture, preview}, or {like, title} of a product
 let running = new AbortController();
 let shown = 0;                      // results in the list so far
 
@@ -125,6 +129,7 @@ function card(item, listId) {
   if (moved) element.querySelector(".meta").append(" · ", moved);
   const line = gist(item);
   if (line) element.append(line);
+  if (pictures) element.children[1].append(alikeButton(item));
   element.tabIndex = -1;
   element.dataset.id = item.product_id;
   element.setAttribute("role", "button");
@@ -133,6 +138,18 @@ function card(item, listId) {
   for (const [event, on] of [["mouseenter", true], ["focus", true], ["mouseleave", false], ["blur", false]])
     element.addEventListener(event, () => highlight(item.product_id, on));
   return element;
+}
+
+function alikeButton(item) {
+  const button = make("button", "plain alike", "Similar looking");
+  button.type = "button";
+  button.setAttribute("aria-label", `Similar looking to ${item.title || item.product_id}`);
+  button.addEventListener("click", (event) => {
+    event.stopPropagation();
+    at("query").value = "";
+    ask({like: item.product_id, title: item.title || item.product_id});
+  });
+  return button;
 }
 
 function toggle(element, item, listId) {
@@ -202,10 +219,13 @@ function say(text, isError = false) {
 
 // --- asking ----------------------------------------------------------------------------------------------------------
 async function post(path, body, signal) {
-  const headers = {"content-type": "application/json"};
+  return called(path, {method: "POST", headers: {"content-type": "application/json"}, body: JSON.stringify(body), signal});
+}
+
+async function called(path, options) {
   const key = sessionStorage.getItem("key");
-  if (key) headers.authorization = `Bearer ${key}`;
-  const response = await fetch(path, {method: "POST", headers, body: JSON.stringify(body), signal});
+  if (key) options.headers = {...options.headers, authorization: `Bearer ${key}`};
+  const response = await fetch(path, options);
   const answer = await response.json();
   if (response.ok) return answer;
   at("keyform").hidden = response.status !== 401;
@@ -216,15 +236,35 @@ function request(system, offset) {
   const filters = {};
   for (const name of FACETS) if (at(name).value) filters[name] = [at(name).value];
   for (const name of ["price_min", "price_max"]) if (at(name).value) filters[name] = Number(at(name).value);
-  return {query: at("query").value, k: PAGE[mode()], offset, sort: at("sort").value, filters, system, explain: true};
+  const words = at("query").value, page = {k: PAGE[mode()], offset, sort: at("sort").value, filters, explain: true};
+  if (!beside) return {query: words, system, ...page};
+  return {picture: beside.picture, query: words.trim() ? words : null, ...page};
+}
+
+async function answered(system, offset, signal) {
+  if (!beside?.like) return post("v1/search", request(system, offset), signal);
+  const path = `v1/products/${encodeURIComponent(beside.like)}/similar?by=looks&k=${PAGE.list}`;
+  const answer = await called(path, {signal});
+  return {...answer, candidates: answer.items.length, facets: null};
+}
+
+function ask(what) {
+  beside = what;
+  if (what) document.querySelector("input[value=list]").checked = true;
+  at("asked").hidden = !what;
+  at("preview").hidden = !what?.preview;
+  if (what?.preview) at("preview").src = what.preview;
+  at("asked_text").textContent = what?.like ? `looks like ${what.title}` : "";
+  search();
 }
 
 async function search() {
   running.abort();
   running = new AbortController();
-  const signal = running.signal, results = at("results"), side = mode() === "compare";
+  const signal = running.signal, results = at("results"), side = mode() === "compare" && !beside;
   remember();
-  if (!at("query").value.trim()) {
+  if (beside?.like && at("query").value.trim()) return ask(null);     // words begin a search of their own
+  if (!at("query").value.trim() && !beside) {
     results.replaceChildren();
     at("welcome").hidden = false;
     at("filters").hidden = true;
@@ -235,12 +275,12 @@ async function search() {
   try {
     const systems = side ? Object.keys(SYSTEMS) : ["full"];
     const answers = [];     // one after the other: side by side they would slow each other down
-    for (const system of systems) answers.push(await post("v1/search", request(system, 0), signal));
+    for (const system of systems) answers.push(await answered(system, 0, signal));
     const last = answers.at(-1);
     at("welcome").hidden = true;
-    at("filters").hidden = false;
+    at("filters").hidden = !last.facets;
     at("keyform").hidden = true;
-    for (const name of FACETS) fillFacet(name, last.facets[name]);
+    for (const name of last.facets ? FACETS : []) fillFacet(name, last.facets[name]);
     at("concern").parentElement.hidden = at("concern").options.length < 2;     // nothing here was scored
     results.classList.toggle("compare", side);
     results.replaceChildren(...answers.map((answer, place) => side ? column(systems[place], answer) : list(answer)));
@@ -333,7 +373,7 @@ document.addEventListener("keydown", (event) => {
     if (next) focusCard(next);
     else if (event.key === "ArrowUp" && current) at("query").focus();
     event.preventDefault();
-  } else if (current && (event.key === "Enter" || event.key === " ")) {
+  } else if (current && target === current && (event.key === "Enter" || event.key === " ")) {
     event.preventDefault();
     current.click();
   } else if (event.key === "Escape") {
@@ -341,6 +381,25 @@ document.addEventListener("keydown", (event) => {
     else if (current) at("query").focus();
     else if (target === at("query") && target.value) { target.value = ""; search(); }
   }
+});
+
+at("photo").hidden = !pictures;
+at("picture").addEventListener("change", async () => {
+  const [file] = at("picture").files;
+  at("picture").value = "";       // the same file may be chosen again
+  if (!file) return;
+  try {
+    ask(await shrunk(file));
+  } catch (error) {
+    say(error.message, true);
+  }
+});
+at("drop").addEventListener("click", () => { ask(null); at("query").focus(); });
+for (const kind of ["dragover", "drop"]) document.addEventListener(kind, async (event) => {
+  const [file] = event.dataTransfer?.files || [];
+  if (!pictures || ![...event.dataTransfer.types].includes("Files")) return;
+  event.preventDefault();
+  if (kind === "drop" && file) ask(await shrunk(file).catch((error) => { say(error.message, true); return beside; }));
 });
 
 at("form").addEventListener("submit", (event) => { event.preventDefault(); search(); });
