@@ -67,7 +67,7 @@ def build_app(config: ServeConfig | dict[str, Any]) -> serve.Application:
     if config.encoder is not None:
         parts["encoder"] = _part(stages.encoder, "encoder", room, EncoderReplica, config.encoder, built_with,
                                  config.retriever, config.encode_together)
-    for rerank in (config.rerank, config.recommend and config.recommend.rerank):
+    for rerank in (config.rerank, None if config.recommend is None else config.recommend.rerank):
         if rerank is not None and rerank.gbdt is not None:
             facts = open_artifact(rerank.gbdt.resolve(), "gbdt").manifest.facts
             check_concern_model(facts.get("concern_model"), manifest)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_shop import LIMITS, RETRIEVER, SEGMENTS, WordEncoder, body, build_small_index, catalogue
+from small_shop import LIMITS, RETRIEVER, SEGMENTS, WordEncoder, body, build_small_index, catalogue, small_reranker
 
 from recsys_ray.models.bge_m3 import BgeM3Encoder
 from recsys_ray.models.bge_m3_heads import BgeM3Heads
@@ -16,7 +18,7 @@ from recsys_ray.models.text_encoder import TextEncoderConfig
 from recsys_ray.models.token_signals import Encoding, Signals, SparseRows
 from recsys_ray.retrieval.filters import Filters
 from recsys_ray.retrieval.retriever import Retriever
-from recsys_ray.retrieval.segments import open_index
+from recsys_ray.retrieval.segments import IndexMismatch, open_index
 from recsys_ray.serving.api import SearchRequest, parse
 from recsys_ray.serving.errors import ApiError
 from recsys_ray.serving.recommender import (
@@ -219,3 +221,27 @@ def test_cards_come_in_the_order_asked_for_whatever_their_segment(recommender: R
     assert cards[3]["product_id"] == recommender.index.product(int(row_ids[3]))["product_id"]  # type: ignore[index]
     with pytest.raises(KeyError):
         recommender.index.products(np.array([1]), ["row_id"])
+
+
+def test_a_concern_filters_is_counted_and_says_why(recommender: Recommender) -> None:
+    found = recommender.search(request(query="red sofa", k=50, explain=True, filters={"concern": ["acne"]}))
+    assert {hit.product_id for hit in found["items"]} <= {f"P{number:03d}" for number in range(0, 120, 10)}
+    assert len(found["items"]) > 3
+    assert [one.model_dump() for one in found["items"][0].explanation.concerns] == [
+        {"concern": "acne", "probability": 0.9, "because": ["salicylic acid", "zinc pca"]},
+        {"concern": "age", "probability": 0.7, "because": []}]
+    assert found["facets"]["concern"] == [{"value": name, "count": found["candidates"]} for name in ("acne", "age")]
+    scored = recommender.product("P001")
+    assert scored is not None
+    assert scored.concerns == []        # scored, and good for nothing
+    with pytest.raises(ApiError, match="scored for acne, age") as refused:
+        recommender.search(request(filters={"concern": ["spots"]}))
+    assert (refused.value.status, refused.value.field) == (422, "filters.concern")
+
+
+def test_trees_that_read_concerns_refuse_an_index_of_another_model(recommender: Recommender, tmp_path: Path) -> None:
+    reranker = small_reranker(tmp_path, None)
+    for model, fits in (({"weights_sha256": "c0"}, True), ({"weights_sha256": "c1"}, False)):
+        reranker.gbdt = replace(reranker.gbdt, concern_model=model)     # type: ignore[type-var]
+        with nullcontext() if fits else pytest.raises(IndexMismatch, match="another concern model"):
+            Recommender(recommender.index, recommender.encoder, RETRIEVER, reranker)
