@@ -45,8 +45,9 @@ class SliceVerdict:
     reason: str
 
     def as_dict(self) -> dict[str, Any]:
-        """As plain values for JSON."""
-        return asdict(self)
+        """As plain values for JSON; None for what is not defined."""
+        return {name: None if isinstance(value, float) and not np.isfinite(value) else value
+                for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

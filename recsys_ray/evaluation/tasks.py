@@ -13,6 +13,7 @@ class EvaluationConfig(Config):
 
     - `retrieval` (the default): candidates against judgments, `EvaluateConfig`
     - `concerns`: probabilities of concerns against labels, `EvaluateConcernsConfig`
+    - `attributes`: vectors of pictures, frozen and adapted, against attributes, `EvaluateAttributesConfig`
     """
 
     task: str
@@ -22,10 +23,12 @@ class EvaluationConfig(Config):
         """The configuration of the family that the values name; raises `ConfigError` for an unknown one."""
         if cls is not EvaluationConfig:
             return cls
+        from recsys_ray.evaluation.evaluate_attributes import EvaluateAttributesConfig
         from recsys_ray.evaluation.evaluate_concerns import EvaluateConcernsConfig
         from recsys_ray.evaluation.retrieval import EvaluateConfig
 
-        families: dict[str, Any] = {"retrieval": EvaluateConfig, "concerns": EvaluateConcernsConfig}
+        families: dict[str, Any] = {"retrieval": EvaluateConfig, "concerns": EvaluateConcernsConfig,
+                                    "attributes": EvaluateAttributesConfig}
         task = str(values.get("task", "retrieval"))
         if task not in families:
             raise ConfigError(f"task: no evaluation {task!r}; there are {', '.join(families)}")
@@ -35,10 +38,17 @@ class EvaluationConfig(Config):
 
 def evaluate_task(config: EvaluationConfig) -> str:
     """Run the evaluation; returns its figures as text for a terminal."""
+    from recsys_ray.evaluation.evaluate_attributes import (
+        EvaluateAttributesConfig,
+        attribute_summary,
+        evaluate_attributes,
+    )
     from recsys_ray.evaluation.evaluate_concerns import EvaluateConcernsConfig, concern_summary, evaluate_concerns
     from recsys_ray.evaluation.retrieval import EvaluateConfig, evaluate, read_evaluation
     from recsys_ray.evaluation.summary import terminal_summary
 
+    if isinstance(config, EvaluateAttributesConfig):
+        return attribute_summary(read_evaluation(evaluate_attributes(config)))
     if isinstance(config, EvaluateConcernsConfig):
         return concern_summary(read_evaluation(evaluate_concerns(config)))
     if isinstance(config, EvaluateConfig):
