@@ -143,16 +143,17 @@ class AttributeAdapter(nn.Module):
         `codes_NA` are values by their number in the card's order, -1 where unknown.
         """
         middle_D = vectors_ND.mean(dim=0)
-        for column, prototypes_VD in enumerate(self.prototypes.values()):
+        for column, name in enumerate(self.card.attributes):
+            prototypes_VD = self.prototypes[name]
             for value in range(len(prototypes_VD)):
                 own = codes_NA[:, column] == value
                 if own.any():
                     prototypes_VD[value] = F.normalize(vectors_ND[own].mean(dim=0) - middle_D, dim=0)
 
     def logits(self, adapted_ND: Tensor) -> dict[str, Tensor]:
-        """For each attribute the logits of its values, (N, V), of adapted pictures."""
-        return {name: self.scale * adapted_ND @ F.normalize(prototypes_VD, dim=-1).T
-                for name, prototypes_VD in self.prototypes.items()}
+        """For each attribute, in the card's order, the logits of its values, (N, V), of adapted pictures."""
+        return {name: self.scale * adapted_ND @ F.normalize(self.prototypes[name], dim=-1).T
+                for name in self.card.attributes}       # a ParameterDict has them sorted by name
 
     def image_weight(self) -> Tensor:
         """w: how much of a product's similarity is its picture's."""

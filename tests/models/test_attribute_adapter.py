@@ -73,6 +73,17 @@ def test_prototypes_begin_at_the_middle_of_their_pictures() -> None:
     assert named.tolist() == codes[:, 0].tolist()
 
 
+def test_prototypes_are_those_of_the_column_whatever_the_attributes_are_called() -> None:
+    """Columns of codes are in the card's order, which is not the alphabet's: pattern stands before neckline."""
+    model = adapter(attributes={"pattern": ["dots", "solid", "check"], "neckline": ["crew", "boat"]})
+    codes = torch.tensor([[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]])
+    model.start_prototypes(torch.eye(6), codes)
+    logits = model.logits(torch.eye(6))
+    assert list(logits) == ["pattern", "neckline"]
+    for column, name in enumerate(logits):
+        assert logits[name].argmax(dim=1).tolist() == codes[:, column].tolist()
+
+
 def test_a_saved_adapter_comes_back_and_a_foreign_one_does_not(tmp_path: Path) -> None:
     model = adapter(head=HeadConfig(kind="mlp", hidden=4).model_dump())
     torch.nn.init.normal_(model.image.change[2].weight)     # type: ignore[index]
