@@ -221,7 +221,7 @@ def _make_cell(config: JobConfig, row: str, seed: str) -> None:
         adapter, training = _train(config, row, int(seed), items, split, identity)
         gate = judge_slices(items.take(split["valid"]), adapter.adapt(items.vectors[split["valid"]]),
                             _settings(config, row, int(seed)).gate, int(seed))
-        document = _hits(adapter.adapt(test.vectors), rows) | {"training": training, "gate": gate.as_dict(),
+        document = _hits(adapter.adapt(test.vectors), rows) | {"training": training, "gate": gate.board,
                                                                "refused": bool(gate.names("worse"))}
         if adapter.card.text is not None and test.texts is not None:
             figures = attribute_figures(adapter.adapt(test.texts, "text"), rows, adapter.adapt(test.vectors), rows)

@@ -236,8 +236,9 @@ class AdapterTask:
             raise ConfigError("no two validation pictures have a known attribute; give more pictures")
         told = {OBJECTIVE: float(np.mean([*found.values()])), **found}
         if self.judged.texts is not None:
-            texts = self.model.adapt(self.judged.texts[self.asked], "text")
-            of_text = mean_figures(attribute_figures(texts, asked, pictures, rows))
+            told_N = self.asked[(self.judged.texts[self.asked] != 0).any(axis=1)]
+            texts = self.model.adapt(self.judged.texts[told_N], "text")
+            of_text = mean_figures(attribute_figures(texts, rows.take(told_N), pictures, rows))
             told |= {f"text_{name}": value for name, value in of_text.items()}
         return told
 

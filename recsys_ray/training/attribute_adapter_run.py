@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from recsys_ray import runtime
-from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, sweep_staging
+from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, sweep_staging, write_text
 from recsys_ray.data.attribute_pair_data import GroupSplit
 from recsys_ray.evaluation.gate import GateError
 from recsys_ray.models.attribute_adapter import KIND, AttributeAdapter, adapter_identity
@@ -23,8 +23,8 @@ from recsys_ray.training.attribute_adapter import (
     FinetuneAttributeAdapterConfig,
     build_task,
 )
-from recsys_ray.training.attribute_data import Pairs, label_pairs, read_items, split_places
-from recsys_ray.training.attribute_gate import SliceVerdicts, judge_slices, require_alignment
+from recsys_ray.training.attribute_data import Items, Pairs, label_pairs, read_items, split_places
+from recsys_ray.training.attribute_gate import SliceVerdicts, judge_slices, judge_texts, require_alignment
 from recsys_ray.training.clip_texts import clip_text_vectors
 from recsys_ray.training.distributed import rank
 from recsys_ray.training.encoder_run import RESULT, log_outcome, model_files, parameters_of, use_threads, write_model
@@ -37,14 +37,16 @@ log = logging.getLogger(__name__)
 
 KINDS = {"vectors": "image_vectors", "attributes": "attributes", "pairs": "attribute_pairs",
          "embeddings": "embeddings"}
+SCOREBOARD = "scoreboard.json"
 Inputs = dict[str, Artifact]
 
 
 def finetune_attribute_adapter(config: FinetuneAttributeAdapterConfig) -> Artifact:
-    """The `attribute_adapter` artefact: attribute_adapter/ (for `load_image_tower`) and metrics.jsonl (the curve).
+    """The `attribute_adapter` artefact: attribute_adapter/ (for `load_image_tower`), scoreboard.json (chance, frozen
+    and trained with intervals, slice by slice) and metrics.jsonl (the curve).
 
     Facts: adapter (identity), steps, best_step, best_value, base_value (of the frozen model), objective, pictures,
-    pairs (by kind), slices (each one's verdict beside the frozen model), forced. A killed run continues when the same
+    pairs (by kind), slices (by their verdict beside the frozen model), forced. A killed run continues when the same
     configuration is run again. Errors: `GateError` when a declared slice is decidably below the frozen model;
     `ValueError` when attributes and pictures do not belong together.
     """
@@ -139,6 +141,8 @@ def _publish(config: FinetuneAttributeAdapterConfig, staging: Staging, inputs: I
     judged = data.items.take(data.valid)
     verdicts = judge_slices(judged, adapter.adapt(judged.vectors), config.gate, config.seed)
     _require(verdicts, config)
+    boards = {"pictures": verdicts.board, "texts": _texts(config, adapter, judged)}
+    write_text(staging.path / SCOREBOARD, json.dumps(boards, indent=1, allow_nan=False) + "\n")
     steps = values["step"]
     facts = {
         "adapter": adapter_identity(str(staging.path / KIND)), "steps": steps, "objective": OBJECTIVE,
@@ -148,8 +152,15 @@ def _publish(config: FinetuneAttributeAdapterConfig, staging: Staging, inputs: I
         "pairs": values["pairs"], "cpu_seconds": values["cpu_seconds"],
         "slices": verdicts.as_dict(), "forced": config.force and bool(verdicts.names("worse"))}
     log_outcome(facts)
-    return staging.commit(model_files(staging, KIND), config=config, facts=facts,
+    return staging.commit([*model_files(staging, KIND), staging.entry(SCOREBOARD)], config=config, facts=facts,
                           parents={name: one.manifest for name, one in inputs.items()})
+
+
+def _texts(config: FinetuneAttributeAdapterConfig, adapter: AttributeAdapter, judged: Items) -> dict[str, Any] | None:
+    if judged.texts is None or len(judged) < 2:
+        return None
+    return judge_texts(judged, adapter.adapt(judged.vectors), adapter.adapt(judged.texts, "text"), config.gate,
+                       config.seed, judged.texts if adapter.card.shares_space else None)
 
 
 def _require(verdicts: SliceVerdicts, config: FinetuneAttributeAdapterConfig) -> None:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import Field
 
 from recsys_ray.config import Config, ConfigError
-from recsys_ray.evaluation.attributes import aligned, attribute_figures
-from recsys_ray.evaluation.slice_gate import SliceVerdict, slice_gate, stack
-from recsys_ray.training.attribute_data import Floats, Items
+from recsys_ray.evaluation.attributes import aligned, attribute_figures, chance_level
+from recsys_ray.evaluation.slice_gate import scoreboard
+from recsys_ray.training.attribute_data import Floats, Ints, Items
 
 log = logging.getLogger(__name__)
+
+Figures = Mapping[str, npt.NDArray[np.float64]]
 
 FEWEST = 200        # pictures from which on shuffled metadata can be told from metadata that says little
 
@@ -37,37 +41,74 @@ class SliceGateConfig(Config):
 
 @dataclass(frozen=True)
 class SliceVerdicts:
-    """The verdict on each declared slice that some query is in."""
+    """What was found of each declared slice that some query is in."""
 
-    verdicts: tuple[SliceVerdict, ...]
+    board: dict[str, Any]       # `scoreboard`: chance, frozen and trained with intervals, verdicts, targets
 
     def of(self, outcome: str) -> list[str]:
         """The slices with this outcome, each with its figures."""
-        return [f"{one.slice} ({one.reason})" for one in self.verdicts if one.outcome == outcome]
+        return [f"{row['slice']} ({row['verdict']['reason']})" for row in self._rows(outcome)]
 
     def names(self, outcome: str) -> list[str]:
         """The slices with this outcome."""
-        return [one.slice for one in self.verdicts if one.outcome == outcome]
+        return [row["slice"] for row in self._rows(outcome)]
 
-    def as_dict(self) -> list[dict[str, Any]]:
-        """Plain values for JSON, without numbers that are none."""
-        return [{name: None if isinstance(value, float) and not math.isfinite(value) else value
-                 for name, value in one.as_dict().items()} for one in self.verdicts]
+    def as_dict(self) -> dict[str, list[str]]:
+        """The slices by outcome."""
+        return {outcome: self.names(outcome) for outcome in ("worse", "undecidable", "kept", "improved")}
+
+    def _rows(self, outcome: str) -> list[dict[str, Any]]:
+        return [row for row in self.board["rows"] if row["verdict"]["outcome"] == outcome]
 
 
 def judge_slices(items: Items, adapted: Floats, config: SliceGateConfig, seed: int) -> SliceVerdicts:
     """Adapted vectors of pictures beside their frozen ones. Errors: `SliceError` for a slice that no query is in."""
     if len(items) < 2:
         log.warning("there are no pictures to judge the adapter by: nothing is decided")
-        return SliceVerdicts(())
-    asked = np.sort(np.random.default_rng([seed, 4]).permutation(len(items))[:config.queries])
+        return SliceVerdicts({"rows": []})
+    asked = _asked(items, config, seed)
     rows = items.rows.take(asked)
-    figures = {name: attribute_figures(vectors[asked], rows, vectors, items.rows)
-               for name, vectors in (("frozen", items.vectors), ("trained", adapted))}
-    stacked = stack(figures, rows, items.groups[asked], config.slices)
-    found = slice_gate(stacked.values["frozen"], stacked.values["trained"], stacked.units, stacked.masks,
+    frozen, trained = (attribute_figures(vectors[asked], rows, vectors, items.rows)
+                       for vectors in (items.vectors, adapted))
+    return SliceVerdicts(_board(frozen, trained, items, asked, config, config.slices))
+
+
+def judge_texts(items: Items, pictures: Floats, texts: Floats, config: SliceGateConfig, seed: int,
+                frozen: Floats | None) -> dict[str, Any]:
+    """How well products' texts find pictures, attribute by attribute, as `scoreboard` has it.
+
+    `pictures` and `texts` are adapted. `frozen` are the texts' frozen vectors where they share the pictures' space; of
+    other texts there is no frozen model, and chance stands in its place.
+    """
+    asked = _asked(items, config, seed)
+    asked = asked[(items.texts[asked] != 0).any(axis=1)] if items.texts is not None else asked
+    rows = items.rows.take(asked)
+    trained = attribute_figures(texts[asked], rows, pictures, items.rows)
+    base = (chance_level(rows, items.rows) if frozen is None else
+            attribute_figures(frozen[asked], rows, items.vectors, items.rows))
+    return _board(base, trained, items, asked, config, tuple(items.values))
+
+
+def _asked(items: Items, config: SliceGateConfig, seed: int) -> Ints:
+    return np.sort(np.random.default_rng([seed, 4]).permutation(len(items))[:config.queries])
+
+
+def _board(frozen: Figures, trained: Figures, items: Items, asked: Ints, config: SliceGateConfig,
+           slices: tuple[str, ...] | None) -> dict[str, Any]:
+    rows = items.rows.take(asked)
+    found = scoreboard(frozen, trained, chance_level(rows, items.rows), rows, items.groups[asked], slices,
                        margin=config.margin, min_units=config.min_units, alpha=config.alpha)
-    return SliceVerdicts(tuple(one for one in found if one.rows))
+    told: dict[str, Any] = _numbers({**found, "rows": [row for row in found["rows"] if row["rows"]]})
+    return told
+
+
+def _numbers(value: Any) -> Any:
+    """The same for JSON: null where a number is none."""
+    if isinstance(value, dict):
+        return {name: _numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_numbers(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def require_alignment(items: Items, seed: int) -> None:

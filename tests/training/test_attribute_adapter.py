@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -126,6 +127,12 @@ def test_a_short_run_brings_like_attributes_together(artefacts: Path, tmp_path: 
     adapter = AttributeAdapter.load(str(found.path.parents[1]))
     assert adapter.card.image == IMAGE
     assert "shares of what shops say" in (found.path / "attribute_adapter" / "README.md").read_text()
+    boards = json.loads(found.file("scoreboard.json").read_text())
+    necks = next(row for row in boards["pictures"]["rows"] if row["slice"] == "neckline")
+    assert necks["chance"]["mean"] < necks["frozen"]["mean"] < necks["trained"]["mean"]
+    by_text = {row["slice"]: row for row in boards["texts"]["rows"]}
+    assert by_text["material"]["frozen"] == by_text["material"]["chance"]       # these texts had no place in the space
+    assert by_text["material"]["verdict"]["outcome"] == "improved"
     lines = curve(found)
     assert lines[0]["attributes@10"] == facts["base_value"]        # before the first step it is the frozen model
     assert {"neckline@10", "text_material@10"} <= set(lines[0])
