@@ -23,12 +23,12 @@ from recsys_ray.data.preprocess import clean_query
 from recsys_ray.data.sources.tables import load_table, table_states
 from recsys_ray.evaluation.metrics import MetricSpec
 from recsys_ray.ids import row_ids
-from recsys_ray.models.attribute_adapter import ImageTower, ImageTowerConfig, adapter_identity, load_image_tower
+from recsys_ray.models.attribute_adapter import ImageTower, ImageTowerConfig, load_image_tower
 from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.text_encoder import TextEncoderConfig
 from recsys_ray.retrieval.fusion import tune_dense_weight
 from recsys_ray.retrieval.hybrid_index import FILTERED, HALVES, HYBRID_ROWS, KIND, SHOWN, HybridIndex
-from recsys_ray.retrieval.hybrid_search import HybridSearcher
+from recsys_ray.retrieval.hybrid_search import HybridSearcher, reads_texts, refuse_another
 from recsys_ray.retrieval.hybrid_vectors import (
     Half,
     HybridError,
@@ -81,7 +81,8 @@ class BuildHybridConfig(Config):
     behaviour: BehaviourConfig | None = None
     output: Path
     weights: Weights = Weights()
-    centred: tuple[Name, ...] = ("image",)      # halves whose mean is taken away
+    centred: tuple[Name, ...] | None = None     # halves whose mean is taken away; None: the picture's, unless its
+                                                # network has a text tower, whose texts ask for plain cosines
     learn: bool = True          # guesses of pictures from texts and back, for queries that have one of them
     vector: VectorIndexConfig = VectorIndexConfig()
     tower: ImageTowerConfig | None = None       # the network of `images`; needed by an adapter and by tuning with one
@@ -104,20 +105,23 @@ def build_hybrid(config: BuildHybridConfig) -> Artifact:
     if (done := find_artifact(config.output, KIND, key)) is not None:
         log.info("%s is up to date", done.manifest.reference)
         return done
-    rows, halves, left_out = _read_halves(config)
-    space = fit_space(halves, config.weights, config.centred)
+    encoders = {"text": parents["index"].facts["encoder"]}
+    tower = None if config.tower is None else load_image_tower(config.tower)
+    if config.images is not None:
+        encoders["image"] = _picture_identity(parents["images"].facts["encoder"], tower)
+    rows, halves, left_out = _read_halves(config, tower)
+    plain = encoders.get("image", {}).get("texts") if tower is None else reads_texts(tower)
+    space = fit_space(halves, config.weights, config.centred if config.centred is not None
+                      else () if plain else ("image",))
     directions = space.directions({name: half for name, half in halves.items() if space.part(name)})
     projections = _projections(directions) if config.learn else {}
     rows = rows.select([*SHOWN, *FILTERED])
     for name in HALVES:
         has = directions[name].known if name in directions else np.zeros(len(rows), bool)
         rows = rows.append_column(HYBRID_ROWS.field(f"has_{name}"), pa.array(has))
-    encoders = {"text": parents["index"].facts["encoder"]}
-    if config.images is not None:
-        encoders["image"] = _picture_identity(parents["images"].facts["encoder"], config.tower)
     built = HybridIndex(space, projections, rows.cast(HYBRID_ROWS),
                         VectorIndex.build(space.items(directions), config.vector), encoders)
-    tuned = None if config.tune is None else _tuned(built, config, config.tune)
+    tuned = None if config.tune is None else _tuned(built, tower, config.tune)
     with stage(config.output.resolve(), KIND, key) as staging:
         sweep_staging(config.output.resolve(), key)
         files = [staging.write_table("rows.parquet", built.rows)]
@@ -136,16 +140,19 @@ def _judged(tune: TuneConfig | None) -> list[Any]:
     return [] if tune is None else [table_states(tune.queries.path), table_states(tune.judgments.path)]
 
 
-def _picture_identity(frozen: dict[str, Any], tower: ImageTowerConfig | None) -> dict[str, Any]:
-    """What the picture half of the index can be compared with: the network's vectors, or an adapter's."""
-    if tower is None or tower.adapter is None:
+def _picture_identity(frozen: dict[str, Any], tower: ImageTower | None) -> dict[str, Any]:
+    """What the picture half of the index can be compared with: the network's vectors, or an adapter's.
+
+    Errors: `HybridError` when the pictures were embedded by another network than the tower's.
+    """
+    if tower is None:
         return frozen
-    return adapter_identity(tower.adapter)
+    refuse_another("image", tower.encoder.identity, {"image": frozen})
+    return tower.identity
 
 
-def _tuned(index: HybridIndex, config: BuildHybridConfig, tune: TuneConfig) -> dict[str, Any]:
+def _tuned(index: HybridIndex, tower: ImageTower | None, tune: TuneConfig) -> dict[str, Any]:
     """The curve over alpha and the weights of queries of words, from judged validation queries."""
-    tower = load_image_tower(config.tower) if config.tower is not None else None
     searcher = HybridSearcher(index, build_text_encoder(tune.encoder), tower)
     queries = table_query_set(tune.queries).queries
     judgments = load_table(tune.judgments.path, tune.judgments.columns, JUDGMENT)
@@ -160,14 +167,13 @@ def _tuned(index: HybridIndex, config: BuildHybridConfig, tune: TuneConfig) -> d
                                 for alpha, row in zip(curve.alphas, curve.values, strict=True)]}}
 
 
-def _read_halves(config: BuildHybridConfig) -> tuple[pa.Table, dict[Name, Half], int]:
+def _read_halves(config: BuildHybridConfig, tower: ImageTower | None) -> tuple[pa.Table, dict[Name, Half], int]:
     """(the live products by row id, their halves in that order, pictures of products that are not among them)."""
     index = open_index(config.index)
     rows, text = _catalogue(index)
     halves: dict[Name, Half] = {"text": Half.of(text)}
     left_out = 0
     if config.images is not None:
-        tower = load_image_tower(config.tower) if config.tower is not None and config.tower.adapter else None
         halves["image"], left_out = picture_half(open_artifact(config.images, IMAGE_VECTORS),
                                                  rows["row_id"].to_numpy(), tower)
     if config.weights.category:

@@ -53,7 +53,7 @@ class HybridSearcher:
         for name, loaded in (("text", encoder), ("image", tower)):
             if loaded is not None:
                 refuse_another(name, loaded.identity, index.encoders)
-        self.tower_reads_texts = tower is not None and _reads_texts(tower)
+        self.tower_reads_texts = tower is not None and reads_texts(tower)
 
     # --- queries -> directions of each half -------------------------------------------------------
     def of_texts(self, texts: Sequence[str]) -> dict[Name, Half]:
@@ -165,7 +165,8 @@ def refuse_another(name: str, identity: dict[str, Any], built_with: dict[str, di
             f"{key} is {expected.get(key)!r} there and {identity.get(key)!r} here" for key in different))
 
 
-def _reads_texts(tower: ImageTower) -> bool:
+def reads_texts(tower: ImageTower) -> bool:
+    """Whether texts can be asked in the pictures' own space."""
     try:
         tower.encode_texts(["text"])
     except EncoderError:

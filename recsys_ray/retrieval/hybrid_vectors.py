@@ -6,8 +6,9 @@ So the inner product of two such vectors is
     alpha * cosine of the texts + beta * cosine of the pictures + gamma * (category and behaviour alike)
 
 exactly, whatever the dimensions of the halves: no half is padded, cut or averaged with another. A half can be centred:
-the catalogue's mean is taken away before it is brought to unit length. Features of convolutional networks are all
-positive, so without it every pair of pictures is alike and the weight of the picture buys little.
+the mean of the catalogue's unit vectors is taken away, and what is left is brought to unit length again. Features of
+convolutional networks are all positive, so without it every pair of pictures is alike and the weight of the picture
+buys little. Texts of a text tower lie elsewhere than pictures do: they ask for plain cosines, of a half not centred.
 
 What is not there is zero: a product without a picture is neither near to nor far from any picture, since 0 is the
 cosine of unrelated vectors, the average once a half is centred. A query without a half leaves that half out for every
@@ -65,17 +66,19 @@ class Weights(Config):
 
 @dataclass(frozen=True)
 class Half:
-    """Vectors (N, D) of one kind, and which of the N rows have one; an unknown row may hold anything."""
+    """Unit vectors (N, D) of one kind, and which of the N rows have one; an unknown row may hold anything."""
 
     vectors: Floats
     known: Mask
 
     @classmethod
     def of(cls, vectors: npt.NDArray[np.floating[Any]]) -> Half:
-        """All rows known but those without a direction or with a value that is not finite."""
+        """The vectors at unit length; known but for those without a direction or with a value that is not finite."""
         vectors = np.asarray(vectors, dtype=np.float32)
         lengths = np.linalg.norm(vectors, axis=1)
-        return cls(vectors, np.isfinite(lengths) & (lengths > SMALLEST))
+        known = np.isfinite(lengths) & (lengths > SMALLEST)
+        unit = np.where(known[:, None], vectors / np.where(known, lengths, 1)[:, None], 0)
+        return cls(unit.astype(np.float32), known)
 
     @classmethod
     def missing(cls, rows: int, dimension: int) -> Half:

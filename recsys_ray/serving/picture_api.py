@@ -84,7 +84,7 @@ async def _from_form(request: Request, limits: Limits) -> PictureRequest:
     async with request.form(max_files=1, max_fields=1, max_part_size=limits.max_body_bytes) as form:
         if unknown := sorted(set(form) - {"picture", "request"}):
             raise ApiError(422, "unknown_field", "a form has the fields picture (a file) and request (JSON)",
-                           unknown[0][:80])
+                           unknown[0][:80] if unknown[0].isprintable() else None)
         picture, asked = form.get("picture"), form.get("request", "{}")
         if not isinstance(picture, UploadFile):
             raise ApiError(422, "invalid_request", "picture is missing: send a file", "picture")

@@ -22,7 +22,7 @@ from recsys_ray.models.sentence_layout import EncoderError
 from recsys_ray.retrieval.hybrid_build import BuildHybridConfig, build_hybrid
 from recsys_ray.retrieval.hybrid_index import open_hybrid
 from recsys_ray.retrieval.hybrid_search import HybridSearcher
-from recsys_ray.retrieval.hybrid_vectors import Weights
+from recsys_ray.retrieval.hybrid_vectors import Name, Weights
 from recsys_ray.serving.pictures import SENT, PictureCalls, PictureQuestion, PicturesConfig, PictureSearch
 from recsys_ray.serving.routes import create_api
 
@@ -81,12 +81,12 @@ def build_real_hybrid(root: Path, index: Path) -> PicturesConfig:
     return PicturesConfig(index=root / "hybrid", tower=tower)
 
 
-def build_small_hybrid(root: Path, *, learn: bool = True) -> Path:
+def build_small_hybrid(root: Path, *, learn: bool = True, centred: tuple[Name, ...] | None = None) -> Path:
     """The root of a hybrid index over the small shop."""
     build_small_index(root / "index")
     write_pictures(root / "pictures")
     build_hybrid(BuildHybridConfig(index=root / "index", images=root / "pictures", output=root / "hybrid",
-                                   weights=Weights(text=0.5, image=0.5), learn=learn))
+                                   weights=Weights(text=0.5, image=0.5), learn=learn, centred=centred))
     return root / "hybrid"
 
 
