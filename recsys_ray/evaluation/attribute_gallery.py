@@ -21,7 +21,6 @@ from recsys_ray.data.sources.blocks import pieces_of, read_piece
 from recsys_ray.evaluation.evaluate_attributes import EvaluateAttributesConfig, Task
 
 SIDE = 112          # of a picture on the page
-ORDER = {"worse": 0, "undecidable": 1, "kept": 2, "improved": 3}
 Row = dict[str, Any]
 
 
@@ -46,12 +45,12 @@ def gallery(config: EvaluateAttributesConfig, tasks: Sequence[Task], figures: Ma
 
 def _slices(task: Task, board: Mapping[str, Any], figures: Mapping[str, Any], config: EvaluateAttributesConfig
             ) -> list[Row]:
-    """The weakest value slices of a task: decidably worse ones first, then the lowest figure of the last system."""
+    """The weakest value slices: decidably worse ones first, then the lowest figures, those of too few units last."""
     last = board["systems"][-1]
     key = "trained" if len(board["systems"]) == 2 else "frozen"
     rows = [row for row in board["rows"] if "=" in row["slice"] and row["rows"] and row[key]["mean"] is not None]
-    rows.sort(key=lambda row: (ORDER[row["verdict"]["outcome"]] == 0 if row["verdict"] else False, -row[key]["mean"]),
-              reverse=True)
+    rows.sort(key=lambda row: (not (row["verdict"] and row["verdict"]["outcome"] == "worse"),
+                               row["units"] < config.min_units, row[key]["mean"]))
     read = task.queries.to_pylist()
     found = []
     for row in rows[: config.shown_slices]:

@@ -216,7 +216,7 @@ def _document(config: EvaluateAttributesConfig, tasks: list[Task], figures: Mapp
         boards.append({"task": task.name, "systems": systems, "queries": task.queries.num_rows, **board})
     return {"name": config.name, "part": config.part, "depth": config.depth, "tasks": boards,
             "intervals": "95 % percentile bootstrap over groups; differences have bounds that hold for all slices of "
-                         f"the table at once (level {1 - config.alpha:.0%})",
+                         f"the table at once (level {1 - config.alpha:g})",
             "counts": {"pictures": len(items), "groups": len(np.unique(items.groups)),
                        "queries": tasks[0].queries.num_rows}}
 

@@ -189,7 +189,8 @@ def scoreboard(frozen: Mapping[str, Floats], trained: Mapping[str, Floats] | Non
     """Chance, frozen and trained side by side with intervals for each slice, verdicts and targets, as plain values.
 
     rows: a row a slice with `chance`, `frozen` and `trained` (mean, low, high), `verdict` (None without `trained`).
-    targets: slice, gain wanted, gain found, "reached", "missed" or "not measured". gate: worse, undecidable, passed.
+    targets: slice, gain wanted, gain found, and "reached" or "missed" ("undecidable" with too few units, "not measured"
+    without any). gate: worse, undecidable, passed.
     """
     systems = {"chance": chance, "frozen": frozen, **({"trained": trained} if trained is not None else {})}
     stacked = stack({name: {key: own[key] for key in frozen} for name, own in systems.items()}, rows, units, slices)
@@ -228,5 +229,6 @@ def _target(target: Target, verdicts: Mapping[str, SliceVerdict]) -> dict[str, A
     found = verdicts.get(target.slice)
     if found is None or not found.rows:
         return {"slice": target.slice, "wanted": target.gain, "gain": None, "outcome": "not measured"}
+    outcome = "reached" if found.difference >= target.gain else "missed"
     return {"slice": target.slice, "wanted": target.gain, "gain": found.difference, "interval": found.reason,
-            "outcome": "reached" if found.difference >= target.gain else "missed"}
+            "outcome": outcome if np.isfinite(found.low) else "undecidable"}
