@@ -28,6 +28,7 @@ from recsys_ray.schema import ATTRIBUTE_ROW, conform
 GRAPHIC = "graphic"
 PATH_SEPARATOR = ">"
 MAX_KNOWN = 100_000
+COMES_WITH = frozenset(("with", "w", "matching", "includes", "including", "plus", "no", "without"))
 READ_COLUMNS = ("title", "brand", "categories", "attributes", "features", "description")
 Key = tuple[str, str, str]          # (what the phrase does, attribute, value)
 Row = Mapping[str, Any]
@@ -95,6 +96,7 @@ class AttributeReader:
                 self._add(phrases, "value", name, value)
             self._add(rules.misleading, "misleading", name)
             self._add(rules.departments, "department", name)
+            self._add(rules.other_goods, "other goods", name)
             self._add(rules.imitation.before, "before", name)
             self._add(rules.imitation.after, "after", name)
         words = self.schema.language
@@ -135,7 +137,7 @@ class AttributeReader:
             for place in rules.read:
                 if place == "category":
                     reading = self._of_levels(levels, name, rules)
-                elif name == "category2" and not self._may_be_a_garment(levels):
+                elif name == "category2" and not self._may_be_a_garment(levels, texts["title"]):
                     reading = None
                 elif place == "attributes":
                     reading = self._of_fields(product.get("attributes"), name, rules)
@@ -155,21 +157,32 @@ class AttributeReader:
         return self._known.get(text) or self.named(text)
 
     def _of_levels(self, levels: Sequence[str], name: str, rules: AttributeRules) -> Reading | None:
-        readings = (_decided(self._short(level).get(name, []), rules, "category") for level in reversed(levels))
+        readings = (self._own_name(level, rules, "category") or
+                    _decided(self._short(level).get(name, []), rules, "category") for level in reversed(levels))
         return next((one for one in readings if one is not None), None)
 
-    def _may_be_a_garment(self, levels: Sequence[str]) -> bool:
-        """Whether fields and title may name the kind: without a path, or below a department of garments."""
-        if not levels:
-            return True
-        return any(one.key[0] == "department" for level in levels for one in self._phrases.find(tokens(level)))
+    def _own_name(self, text: str, rules: AttributeRules, place: str) -> Reading | None:
+        """A level or field that is nothing but a value's name."""
+        value = text.strip().casefold()
+        return Reading(value, place, text.strip()) if value in rules.values else None
+
+    def _may_be_a_garment(self, levels: Sequence[str], title: str) -> bool:
+        """Whether fields and title may name the kind: no path, or one below a department of garments, no other goods."""
+        if levels and not any(one.key[0] == "department" for level in levels
+                              for one in self._phrases.find(tokens(level))):
+            return False
+        words = tokens(title)
+        return all(one.key[0] != "other goods" or COMES_WITH & {word.word for word in words[max(0, one.start - 3) :
+                                                                                            one.start]}
+                   for one in self._phrases.find(words))
 
     def _of_fields(self, attributes: Any, name: str, rules: AttributeRules) -> Reading | None:
         for key, content in dict(attributes or ()).items():
             if not content or key.strip().casefold() not in rules.fields:
                 continue
+            place = f"field {key}"
             for text in (content, f"{content} {rules.noun}"):
-                reading = _decided(self._short(text).get(name, []), rules, f"field {key}")
+                reading = self._own_name(text, rules, place) or _decided(self._short(text).get(name, []), rules, place)
                 if reading is not None:
                     return reading
             self.unknown[name, content.strip().casefold()] += 1

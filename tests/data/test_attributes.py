@@ -57,7 +57,7 @@ def test_the_surest_place_decides() -> None:
         "categories": ["Clothing", "Shirts > Polos"], "features": ["Crew neck"],
         "attributes": [("Neckline", "Square"), ("Sleeve", "")]})
     assert {name: one.value for name, one in found.items()} == {"category2": "polo", "neckline": "square"}
-    assert found["neckline"].evidence("neckline") == 'neckline: square, in field Neckline ("Square neck")'
+    assert found["neckline"].evidence("neckline") == 'neckline: square, in field Neckline ("Square")'
     two = read(title="Knit in V-Neck or Crew Neck", features=["Scoop neck"])
     assert two["neckline"] == "scoop"           # the title names two, so the features are asked
 
@@ -66,11 +66,15 @@ def test_a_kind_is_read_only_where_there_are_garments() -> None:
     assert "category2" not in read(title="Sofa jacket", categories=["Home", "Slipcovers"])
     assert read(title="Rain jacket", categories=["Women", "New arrivals"])["category2"] == "jacket"
     assert read(title="Rain jacket")["category2"] == "jacket"
+    assert "category2" not in read(title="Leather Belt for Jeans")
+    assert read(title="Trench Coat with Belt")["category2"] == "coat"
+    assert "category2" not in read(title="Garment Rack for Coats", categories=["Women"])
 
 
 def test_graphic_is_a_pattern_and_no_kind() -> None:
     found = read(title="Band logo", categories=["Men", "Graphic Tees"])
-    assert found == {"category2": "graphic", "pattern": "graphic"}
+    assert found == {"category2": "graphic", "pattern": "graphic"} == read(categories=["Graphic"])
+    assert read(title="Graphic Funny T-Shirt") == {"category2": "tee", "pattern": "graphic"}
     assert category_of("graphic") is None
     assert value_of(found, "category2") is None
     assert value_of(found, "pattern") == "graphic"
