@@ -167,7 +167,7 @@ class AttributeReader:
         return Reading(value, place, text.strip()) if value in rules.values else None
 
     def _may_be_a_garment(self, levels: Sequence[str], title: str) -> bool:
-        """Whether fields and title may name the kind: no path, or one below a department of garments, no other goods."""
+        """Whether fields and title may name the kind: no path but one of garments, and a title of no other goods."""
         if levels and not any(one.key[0] == "department" for level in levels
                               for one in self._phrases.find(tokens(level))):
             return False

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
+import json
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from recsys_ray.data.attribute_schema import NAMES, AttributeSchemaError, load_schema
 from recsys_ray.data.attributes import AttributeReader, category_of, read_attributes, split_of_group, value_of
+from recsys_ray.data.demo_shop import DemoShopConfig, make_demo_shop
 from recsys_ray.schema import ATTRIBUTE_ROW
 
 SCHEMA = load_schema()
@@ -103,6 +108,31 @@ def test_splits_come_of_the_group_alone() -> None:
     assert split == [split_of_group(key, 7) for key in keys]
     assert 0.66 < split.count("train") / len(split) < 0.74
     assert split != [split_of_group(key, 8) for key in keys]
+
+
+def test_what_is_read_is_what_was_planted(tmp_path: Path) -> None:
+    """Nine in ten products of a value have one planted value; furniture, books and bottles have no kind."""
+    make_demo_shop(DemoShopConfig(output=tmp_path, products=900, reviews=1000, queries=0, image_products=0))
+    truth = {row["product_id"]: row for row in pq.read_table(tmp_path / "truth/products.parquet").to_pylist()}
+    found: dict[str, dict[str, Counter[str]]] = {name: defaultdict(Counter) for name in NAMES}
+    for line in gzip.decompress((tmp_path / "public/meta_Demo_Shop.jsonl.gz").read_bytes()).decode().splitlines():
+        try:
+            row = json.loads(line)
+            planted = truth[row["parent_asin"]]
+        except (ValueError, KeyError):      # planted dirt
+            continue
+        said = READER.read({"product_id": "p", "title": row.get("title"), "categories": row.get("categories"),
+                            "features": row.get("features"), "attributes": list((row.get("details") or {}).items()),
+                            "description": "\n".join(row.get("description") or [])})
+        if planted["department"] != "fashion":
+            assert "category2" not in said, row
+            continue
+        for name, one in said.items():
+            found[name][one.value][planted["kind" if name == "category2" else name]] += 1
+    for name, values in found.items():
+        counts = [own for value, own in values.items() if value not in ("dress", "hooded")]     # several kinds, none
+        assert sum(map(Counter.total, counts)) > 80, name
+        assert sum(max(own.values()) for own in counts) > 0.9 * sum(map(Counter.total, counts)), name
 
 
 # --- tables ---------------------------------------------------------------------------------------
