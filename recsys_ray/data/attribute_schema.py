@@ -46,6 +46,7 @@ class AttributeRules(Config):
     several: Literal["first_listed", "undecided"]           # what a place means that names two values
     noun: str = ""                              # put after a field that names no value by itself ("Neckline: Round")
     departments: tuple[str, ...] = ()           # category2: where the title may be read although there is a path
+    styles: tuple[str, ...] = ()                # levels that tell a style below one that names a kind
     other_goods: tuple[str, ...] = ()           # category2: a title that names one is of no garment
     values: dict[str, tuple[str, ...]] = Field(min_length=1)
     misleading: tuple[str, ...] = ()            # phrases that hold the words and do not mean them

@@ -136,7 +136,7 @@ class AttributeReader:
         for name, rules in self.schema.attributes.items():
             for place in rules.read:
                 if place == "category":
-                    reading = self._of_levels(levels, name, rules)
+                    reading = self._of_levels(levels, name, rules, named["title"])
                 elif name == "category2" and not self._may_be_a_garment(levels, texts["title"]):
                     reading = None
                 elif place == "attributes":
@@ -156,10 +156,19 @@ class AttributeReader:
             self._known[text] = self.named(text)
         return self._known.get(text) or self.named(text)
 
-    def _of_levels(self, levels: Sequence[str], name: str, rules: AttributeRules) -> Reading | None:
-        readings = (self._own_name(level, rules, "category") or
-                    _decided(self._short(level).get(name, []), rules, "category") for level in reversed(levels))
-        return next((one for one in readings if one is not None), None)
+    def _of_levels(self, levels: Sequence[str], name: str, rules: AttributeRules, title: dict[str, list[_Named]]
+                   ) -> Reading | None:
+        """The most specific level that names a value; of several on one shelf ("Coats & Vests") the title's."""
+        in_title = {one.value for one in title.get(name, ())}
+        style: Reading | None = None
+        for level in reversed(levels):
+            found = self._short(level).get(name, [])
+            told = [one for one in found if one.value in in_title]
+            reading = self._own_name(level, rules, "category") or _decided(told or found, rules, "category")
+            if reading is not None and level.casefold() not in rules.styles:
+                return reading
+            style = style or reading
+        return style
 
     def _own_name(self, text: str, rules: AttributeRules, place: str) -> Reading | None:
         """A level or field that is nothing but a value's name."""

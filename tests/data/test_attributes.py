@@ -71,6 +71,9 @@ def test_a_kind_is_read_only_where_there_are_garments() -> None:
     assert "category2" not in read(title="Sofa jacket", categories=["Home", "Slipcovers"])
     assert read(title="Rain jacket", categories=["Women", "New arrivals"])["category2"] == "jacket"
     assert read(title="Rain jacket")["category2"] == "jacket"
+    assert read(title="Wool trousers", categories=["Men", "Pants", "Dress"])["category2"] == "pants"
+    assert read(title="Quilted vest", categories=["Women", "Coats, Jackets & Vests"])["category2"] == "vest"
+    assert read(title="Quilted", categories=["Women", "Vests & Jackets"])["category2"] == "vest"
     assert "category2" not in read(title="Leather Belt for Jeans")
     assert read(title="Trench Coat with Belt")["category2"] == "coat"
     assert "category2" not in read(title="Garment Rack for Coats", categories=["Women"])
