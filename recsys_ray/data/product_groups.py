@@ -26,6 +26,7 @@ _NAMED = re.compile(rf"^(?P<base>.{{3,}}?)[_\-. ](?:{VIEWS})[_\- ]?\d{{0,3}}$", 
 _SHORT = re.compile(r"^(?P<base>.{3,}?)[_\-.](?:[A-Ha-h]|\d{1,2})$")
 _SIZE = re.compile(r"(?:\._[A-Z0-9_,]+_|[_\-]\d{2,4}x\d{2,4}|@\dx|[_\-](?:large|small|medium|thumb|xl|grande))$",
                    re.IGNORECASE)
+_GENERIC = re.compile(r"^(?:image|img|photo|picture|pic|product|main|default|item)[_\- ]?\d{0,3}$")
 _NUMBER = re.compile(r"\b(?:style|model|item|sku|art(?:icle)?|mpn|ref)(?:\s*(?:no|number|nr|code|id))?\s*[.:#]+\s*"
                      r"([A-Z0-9][A-Z0-9\-]{3,19})\b", re.IGNORECASE)
 _FIELDS = frozenset(("item model number", "model number", "style number", "style code", "sku", "mpn", "part number",
@@ -164,12 +165,13 @@ def image_stem(location: str) -> str:
     while (cut := _SIZE.sub("", stem)) != stem:
         stem = cut
     base, _ = base_id(stem)
-    return base if len(base) >= 5 and any(one.isdigit() for one in base) else ""
+    return base if len(base) >= 5 and any(one.isdigit() for one in base) and not _GENERIC.match(base) else ""
 
 
 def _looks_like_a_number(text: str | None) -> bool:
-    """Four signs or more with a digit among them."""
-    return text is not None and len(text.strip()) >= 4 and any(one.isdigit() for one in text)
+    """Four signs or more with a digit among them, and no year."""
+    bare = (text or "").strip()
+    return len(bare) >= 4 and any(one.isdigit() for one in bare) and not (bare.isdigit() and len(bare) == 4)
 
 
 def group_members(keys: Sequence[str | None]) -> dict[str, list[int]]:
