@@ -7,6 +7,8 @@ stages (a rerun reuses them). Queries of words are the shop's graded ones about 
 and sleeve can be seen. Queries of photographs are new pictures of products: other light, other place, other noise than
 the picture in the catalogue. They are judged by what was planted: 3 for the same kind with at least all but one of the
 visible attributes equal, 2 for the same kind with half of them, 1 for another kind of its group with all but one.
+Queries of both are a photograph with the words of its kind and of an occasion, which no picture shows; what is not made
+for the occasion loses two grades.
 
 The network knows pictures alone, so words meet pictures, and pictures texts, by the guesses that the index learned from
 the catalogue (no query and no judgment is in them). Text alone is alpha 1, pictures alone alpha 0; alpha of the hybrid
@@ -57,7 +59,7 @@ from recsys_ray.runtime import RayConfig, connected
 log = logging.getLogger(__name__)
 
 VISIBLE = ("colour", "pattern", "neckline", "sleeve")
-DEPARTMENT = "fashion"
+DEPARTMENT, UNSEEN = "fashion", "occasion"
 OTHER_DAY = 1_000_003           # added to the shop's seed for the photographs' own light and noise
 STYLE = (":root{--ink:#1d1f23;--muted:#656a73;--line:#e0e0da;--font:sans-serif;--series-1:#4c78a8;--series-2:#e45756;"
          "--series-3:#59a14f}")
@@ -105,7 +107,7 @@ class Asked:
 
 def run(config: JobConfig) -> Path:
     """Measure every seed and write the result and the curve; returns the result's path."""
-    kinds = {"text queries": Asked(config.alphas), "image queries": Asked(config.alphas)}
+    kinds = {name: Asked(config.alphas) for name in ASK}
     guesses: dict[str, Any] = {}
     with connected(config.ray):
         for seed in config.seeds:
@@ -113,8 +115,7 @@ def run(config: JobConfig) -> Path:
             guesses[str(seed)] = {f"{source} to {target}": one.held_out_cosine
                                   for (source, target), one in searcher.index.projections.items()}
             for name, asked in kinds.items():
-                ask = _words if name == "text queries" else _photographs
-                asked.add(ask(config, flow, searcher))
+                asked.add(ASK[name](config, flow, searcher))
                 log.info("seed %d, %s: %d queries", seed, name, asked.values[-1].shape[1])
     headline, tables = _figures(config, kinds)
     plot = config.result.with_suffix(".svg")
@@ -154,18 +155,39 @@ def _words(config: JobConfig, flow: FlowConfig, searcher: HybridSearcher) -> Flo
                        config.metric).values
 
 
-def _photographs(config: JobConfig, flow: FlowConfig, searcher: HybridSearcher) -> Floats:
-    """(A, Q) of new pictures of fashion products."""
+def _photographs(config: JobConfig, flow: FlowConfig, searcher: HybridSearcher, also: str | None = None) -> Floats:
+    """(A, Q) of new pictures of fashion products; with the words of the attribute `also` beside them."""
     assert flow.shop is not None
     truth = pq.read_table(flow.work_dir / "shop/truth/products.parquet")
     fashion = np.flatnonzero(pc.equal(truth["department"], DEPARTMENT).to_numpy())
     random = np.random.default_rng(flow.shop.seed)
     numbers = np.sort(random.choice(fashion, min(config.photographs, len(fashion)), replace=False))
     names = [f"photo-{number}" for number in numbers]
-    judgments = _listed(planted_likeness(truth.take(pa.array(fashion)), np.searchsorted(fashion, numbers), names),
+    judgments = _listed(planted_likeness(truth.take(pa.array(fashion)), np.searchsorted(fashion, numbers), names, also),
                         searcher)
-    return alpha_curve(searcher.index, searcher.of_pictures(photographs(flow.shop, numbers)), names, judgments,
-                       config.alphas, config.metric).values
+    pictures = photographs(flow.shop, numbers)
+    if also is None or searcher.encoder is None:
+        directions = searcher.of_pictures(pictures)
+    else:
+        directions = searcher.of_both(searcher.encoder.encode_queries(words(flow.shop, numbers, also)), pictures)
+    return alpha_curve(searcher.index, directions, names, judgments, config.alphas, config.metric).values
+
+
+def _both(config: JobConfig, flow: FlowConfig, searcher: HybridSearcher) -> Floats:
+    return _photographs(config, flow, searcher, UNSEEN)
+
+
+ASK = {"text queries": _words, "image queries": _photographs, "both queries": _both}
+
+
+def words(shop: DemoShopConfig, numbers: npt.NDArray[np.int64], facet: str) -> list[str]:
+    """What a shopper writes beside the photograph of each product: its kind, and one attribute as shoppers call it."""
+    found = []
+    for product in products(build_catalogue(shop), numbers):
+        at = product.department.facet(facet)
+        found.append(f"{product.kind.words.shopper[0]} for "
+                     f"{product.department.facets[at].words[product.values[at]].shopper[0]}")
+    return found
 
 
 def photographs(shop: DemoShopConfig, numbers: npt.NDArray[np.int64]) -> list[Pixels]:
@@ -176,11 +198,16 @@ def photographs(shop: DemoShopConfig, numbers: npt.NDArray[np.int64]) -> list[Pi
             for at, product in enumerate(products(catalogue, numbers))]
 
 
-def planted_likeness(truth: pa.Table, rows: npt.NDArray[np.int64], names: list[str]) -> pa.Table:
-    """JUDGMENT rows between the products at `rows` and all of `truth`, from what can be seen of both."""
+def planted_likeness(truth: pa.Table, rows: npt.NDArray[np.int64], names: list[str], also: str | None = None
+                     ) -> pa.Table:
+    """JUDGMENT rows between the products at `rows` and all of `truth`, from what can be seen of both.
+
+    With `also`, a product that has another value of that attribute loses two grades.
+    """
     kind, group = (np.array(truth[name].to_pylist(), object) for name in ("kind", "kind_group"))
     seen = np.array([[value or "" for value in truth[name].to_pylist()] for name in VISIBLE], object)
     ids = truth["product_id"].to_pylist()
+    asked = np.array([dict(one).get(also) for one in truth["attributes"].to_pylist()] if also else [], object)
     found: list[dict[str, Any]] = []
     for row, name in zip(rows, names, strict=True):
         there = seen[:, row] != ""
@@ -188,6 +215,8 @@ def planted_likeness(truth: pa.Table, rows: npt.NDArray[np.int64], names: list[s
         close = equal >= max(1, total - 1)
         gain = np.where((kind == kind[row]) & close, 3, np.where((kind == kind[row]) & (2 * equal >= total), 2,
                                                                  np.where((group == group[row]) & close, 1, 0)))
+        if also is not None:
+            gain = np.where(asked == asked[row], gain, np.maximum(gain - 2, 0))
         found += [{"query_id": name, "product_id": ids[at], "gain": float(gain[at]), "label": None}
                   for at in np.flatnonzero(gain)]
     return pa.table({"query_id": [one["query_id"] for one in found], "product_id": [one["product_id"] for one in found],

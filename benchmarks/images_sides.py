@@ -102,6 +102,7 @@ def loader(task: dict[str, Any]) -> dict[str, Any]:
     if task["decode_only"]:
         count = sum(len(batch) for batch in batches)
         return {"wall_s": time.perf_counter() - start, "cpu_s": watch.seconds(), "pictures": count}
+    torch.set_num_threads(task["workers"])      # its default, whatever the shell says
     encoder = ImageEncoder(config)
     vectors = np.concatenate([encoder.encode_framed(list(batch.numpy())) for batch in batches])
     np.save(Path(task["directory"]) / "vectors.npy", vectors)

@@ -114,7 +114,7 @@ def build_hybrid(config: BuildHybridConfig) -> Artifact:
     space = fit_space(halves, config.weights, config.centred if config.centred is not None
                       else () if plain else ("image",))
     directions = space.directions({name: half for name, half in halves.items() if space.part(name)})
-    projections = _projections(directions) if config.learn else {}
+    projections = _projections(halves) if config.learn else {}
     rows = rows.select([*SHOWN, *FILTERED])
     for name in HALVES:
         has = directions[name].known if name in directions else np.zeros(len(rows), bool)
@@ -234,14 +234,14 @@ def _purchases(config: BehaviourConfig, rows: npt.NDArray[np.int64]) -> Half:
     return behaviour_half(np.concatenate(who), np.concatenate(what), len(rows), config.dimension)
 
 
-def _projections(directions: Mapping[Name, Half]) -> dict[tuple[Name, Name], Projection]:
+def _projections(halves: Mapping[Name, Half]) -> dict[tuple[Name, Name], Projection]:
     """From text to picture and back, where both are there and enough products have both."""
-    if not {"text", "image"} <= set(directions):
+    if not {"text", "image"} <= set(halves):
         return {}
     found: dict[tuple[Name, Name], Projection] = {}
     for source, target in (("text", "image"), ("image", "text")):
         try:
-            one = fit_projection(directions[source], directions[target])  # type: ignore[index]
+            one = fit_projection(halves[source], halves[target])  # type: ignore[index]
         except HybridError as error:
             log.warning("nothing is learned from %s to %s: %s", source, target, error)
             return {}

@@ -66,14 +66,14 @@ class HybridSearcher:
 
     def of_text_vectors(self, texts: Sequence[str], vectors: np.ndarray[Any, Any] | None) -> dict[Name, Half]:
         """The same where the text encoder's vectors (Q, D) are there already."""
-        found = self._nothing(len(texts))
-        if vectors is not None and (part := self.index.space.part("text")) is not None:
-            found["text"] = part.directions(Half.of(vectors))
+        found, asked = self._nothing(len(texts)), None if vectors is None else Half.of(vectors)
+        if asked is not None and (part := self.index.space.part("text")) is not None:
+            found["text"] = part.directions(asked)
         if self.index.space.part("image") is not None:
             if self.tower is not None and self.tower_reads_texts:
                 found["image"] = Half.of(self.tower.encode_texts(texts))
-            elif (guess := self.index.projections.get(("text", "image"))) is not None:
-                found["image"] = guess.guess(found["text"])
+            elif asked is not None and (guess := self.index.projections.get(("text", "image"))) is not None:
+                found["image"] = guess.guess(asked)
         if not any(half.known.any() for half in found.values()):
             raise HybridError("words meet no half of this index: it holds pictures alone, and their network knows no "
                               "texts; use an OpenCLIP model, or an index with a text half")
@@ -84,10 +84,10 @@ class HybridSearcher:
         if self.tower is None or (part := self.index.space.part("image")) is None:
             raise HybridError("pictures cannot be asked: " + ("the index has no picture half" if self.tower is not None
                                                               else "no picture network was given"))
-        found = self._nothing(len(pictures))
-        found["image"] = part.directions(Half.of(self.tower.encode(pictures)))
-        if (guess := self.index.projections.get(("image", "text"))) is not None:
-            found["text"] = guess.guess(found["image"])
+        found, asked = self._nothing(len(pictures)), Half.of(self.tower.encode(pictures))
+        found["image"] = part.directions(asked)
+        if (guess := self.index.projections.get(("image", "text"))) is not None and self.index.space.part("text"):
+            found["text"] = guess.guess(asked)
         return found
 
     def of_both(self, text_vectors: np.ndarray[Any, Any], pictures: Sequence[Pixels]) -> dict[Name, Half]:
@@ -113,8 +113,9 @@ class HybridSearcher:
     def search(self, directions: dict[Name, Half], k: int, weights: Weights | None = None,
                filters: Filters | None = None) -> list[Found]:
         """The `k` best products of each query; `weights` in place of the index's own."""
-        if weights is not None and weights.image and self.index.space.part("image") and directions["text"].known.any() \
-                and not directions["image"].known.any():
+        words, pictures = directions.get("text"), directions.get("image")
+        if weights is not None and weights.image and words is not None and words.known.any() and (
+                pictures is not None and not pictures.known.any()):
             raise HybridError(f"weights.image is {weights.image:g}, but words do not meet the pictures here: their "
                               "network has no text tower and the index learned no guess; use an OpenCLIP model, or "
                               "build the index with learn: true")

@@ -100,11 +100,16 @@ class Part:
         if half.vectors.shape[1] != self.dimension:
             raise HybridError(f"{self.name}: vectors of {half.vectors.shape[1]} dimensions where the index has "
                               f"{self.dimension}; use the encoder that it was built with")
-        moved = half.vectors if self.mean is None else half.vectors - self.mean
-        lengths = np.linalg.norm(moved, axis=1, keepdims=True)
-        known = half.known & (lengths[:, 0] > SMALLEST) & np.isfinite(lengths[:, 0])
-        unit = np.where(known[:, None], moved / np.where(lengths > SMALLEST, lengths, 1), 0)
-        return Half(unit.astype(np.float32), known)
+        return _centred(half, self.mean)
+
+
+def _centred(half: Half, mean: Floats | None) -> Half:
+    """Unit vectors of what is left when the mean is taken away, zero where nothing is known."""
+    moved = half.vectors if mean is None else half.vectors - mean
+    lengths = np.linalg.norm(moved, axis=1, keepdims=True)
+    known = half.known & (lengths[:, 0] > SMALLEST) & np.isfinite(lengths[:, 0])
+    unit = np.where(known[:, None], moved / np.where(lengths > SMALLEST, lengths, 1), 0)
+    return Half(unit.astype(np.float32), known)
 
 
 @dataclass(frozen=True)
@@ -173,38 +178,46 @@ def fit_space(halves: Mapping[Name, Half], weights: Weights, centred: Sequence[N
 # --- from one half to the other -------------------------------------------------------------------
 @dataclass(frozen=True)
 class Projection:
-    """A linear guess of one half's direction from another's, learned from products that have both."""
+    """A linear guess of one half's direction from another's, learned from products that have both.
+
+    Both are centred for it, whether the index centres them or not: uncentred, the guess would be the catalogue's mean
+    and little else, and tell no product from another.
+    """
 
     matrix: Floats      # (source dimension + 1, target dimension); the last row is the intercept
+    mean: Floats        # of the source's unit vectors
     ridge: float
-    held_out_cosine: float      # between guess and truth, of products that were not learned from
+    held_out_cosine: float      # between guess and truth, both centred, of products that were not learned from
 
-    def guess(self, directions: Half) -> Half:
+    def guess(self, source: Half) -> Half:
         """Unit vectors of the target half; unknown where the source is."""
-        found = directions.vectors @ self.matrix[:-1] + self.matrix[-1]
+        centred = _centred(source, self.mean)
+        found = centred.vectors @ self.matrix[:-1] + self.matrix[-1]
         lengths = np.linalg.norm(found, axis=1, keepdims=True)
-        return Half(np.where(directions.known[:, None], found / np.maximum(lengths, SMALLEST), 0).astype(np.float32),
-                    directions.known)
+        return Half(np.where(centred.known[:, None], found / np.maximum(lengths, SMALLEST), 0).astype(np.float32),
+                    centred.known)
 
 
 def fit_projection(source: Half, target: Half, ridges: Sequence[float] = RIDGES) -> Projection:
-    """Ridge regression of the target's directions on the source's; the ridge that guesses held-out products best.
+    """Ridge regression of the target on the source, halves of the same products; the ridge that guesses best.
 
-    Both are directions of the same products (`Part.directions`). Errors: `HybridError` for too few products with both.
+    It is judged on held-out products. Errors: `HybridError` for too few products with both.
     """
     both = np.flatnonzero(source.known & target.known)
     if len(both) < 4 * HELD_OUT:
         raise HybridError(f"{len(both)} products have both halves; {4 * HELD_OUT} are needed to learn one from the "
                           "other")
+    means = [half.vectors[both].mean(axis=0, dtype=np.float64).astype(np.float32) for half in (source, target)]
+    x, y = (_centred(half, mean).vectors for half, mean in zip((source, target), means, strict=True))
     judged = np.arange(len(both)) % HELD_OUT == 0
     learned, held = both[~judged], both[judged]
     cosines = []
     for ridge in ridges:
-        found = Projection(_ridge(source.vectors[learned], target.vectors[learned], ridge), ridge, 0.0)
-        guessed = found.guess(Half(source.vectors[held], np.ones(len(held), bool))).vectors
-        cosines.append(float((guessed * target.vectors[held]).sum(axis=1).mean()))
+        found = Projection(_ridge(x[learned], y[learned], ridge), means[0], ridge, 0.0).guess(
+            Half(source.vectors[held], np.ones(len(held), bool)))
+        cosines.append(float((found.vectors * y[held]).sum(axis=1).mean()))
     best = int(np.argmax(cosines))
-    return Projection(_ridge(source.vectors[both], target.vectors[both], ridges[best]), ridges[best], cosines[best])
+    return Projection(_ridge(x[both], y[both], ridges[best]), means[0], ridges[best], cosines[best])
 
 
 def _ridge(source: Floats, target: Floats, ridge: float) -> Floats:
@@ -252,7 +265,8 @@ def behaviour_half(users: npt.NDArray[np.int64], items: npt.NDArray[np.int64], c
 def save_space(space: HybridSpace, projections: Mapping[tuple[Name, Name], Projection], path: Path) -> None:
     """Write means and projections (.npz); names, weights and dimensions go into the artefact's facts."""
     arrays: dict[str, Any] = {f"mean {part.name}": part.mean for part in space.parts if part.mean is not None}
-    arrays |= {f"{source} to {target}": one.matrix for (source, target), one in projections.items()}
+    for (source, target), one in projections.items():
+        arrays |= {f"{source} to {target}": one.matrix, f"mean of {source} to {target}": one.mean}
     np.savez(path, **arrays)
 
 
@@ -271,6 +285,7 @@ def load_space(facts: Mapping[str, Any], path: Path) -> tuple[HybridSpace, dict[
         parts = tuple(Part(one["name"], one["weight"], one["dimension"],
                            arrays[f"mean {one['name']}"] if one["centred"] else None) for one in facts["parts"])
         projections = {(one["source"], one["target"]): Projection(
-            arrays[f"{one['source']} to {one['target']}"], one["ridge"], one["held_out_cosine"])
+            arrays[f"{one['source']} to {one['target']}"], arrays[f"mean of {one['source']} to {one['target']}"],
+            one["ridge"], one["held_out_cosine"])
             for one in facts["projections"]}
     return HybridSpace(parts), projections

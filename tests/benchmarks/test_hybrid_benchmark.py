@@ -67,3 +67,16 @@ def test_alpha_is_measured_on_other_queries_than_it_was_chosen_on(benchmark: Mod
     np.testing.assert_array_equal(systems[:, 1], kept[0])
     assert systems[:, 2].mean() < kept.max(axis=0).mean()
     assert set(chosen) <= set(alphas)
+
+
+def test_words_beside_a_photograph_ask_for_what_it_does_not_show(benchmark: ModuleType, tmp_path: Path) -> None:
+    shop = DemoShopConfig(output=tmp_path, products=500, reviews=1000)
+    fashion = np.flatnonzero(build_catalogue(shop).department == 1)[:3]
+    said = benchmark.words(shop, fashion, "occasion")
+    assert all(" for " in one for one in said)
+    columns = {"product_id": list("abc"), "kind": ["gown"] * 3, "kind_group": ["dress"] * 3, "colour": ["red"] * 3,
+               "pattern": ["dots"] * 3, "neckline": ["v", "v", "v"], "sleeve": ["cap", "cap", "long"],
+               "attributes": [[("occasion", one)] for one in ("gym", "gym", "office")]}
+    found = benchmark.planted_likeness(pa.table(columns), np.array([0]), ["q"], "occasion")
+    gains = dict(zip(found["product_id"].to_pylist(), found["gain"].to_pylist(), strict=True))
+    assert gains == {"a": 3, "b": 3, "c": 1}
