@@ -13,13 +13,18 @@ over all tokens j of the input x_h = exp(s_h0) / sum_j exp(s_hj), between 0 and 
 
 The published listing reads attentions after the softmax and multiplies by 16 ("Beauty Beyond Words", arXiv
 2409.13628, algorithm 1). Scale a and bias b start so that the mean prediction equals the share of positives.
+
+A raw score is large beside what tells inputs apart (with MiniLM 32, and a spread of 1), and every step moves it as a
+whole: learned plainly, the bias runs after it and little else is learned. So a running mean of the batches is taken off
+in training, a * (raw - mean) + level, and what is saved is b = level - a * mean. (Not the mean of the very batch: where
+products of like length come together, it is part of the answer.)
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -40,6 +45,7 @@ Mode = Literal["presoftmax", "literal_softmax16", "logodds", "affine16", "explic
 PUBLISHED_SCALE = 16.0
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "sentencepiece", "unigram")
 EPSILON = 1e-6
+FOLLOW = 0.1        # weight of a batch in the running mean of raw scores
 
 
 class Concern(Config):
@@ -79,6 +85,7 @@ class BtBert(nn.Module):
     """Token ids of N inputs -> logits with gradients: float32 (N,), or (N, C) of an explicit model."""
 
     encoder: TrainableBert
+    mean: Tensor        # of the raw scores
 
     def __init__(self, body: Any, layout: SentenceLayout, card: BtBertCard, options: TrainableOptions, dtype: str
                  ) -> None:
@@ -101,7 +108,9 @@ class BtBert(nn.Module):
         if card.mode == "explicit":
             self.output = nn.Linear(width, outputs)
         elif card.mode != "literal_softmax16":
-            self.scale, self.bias = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+            self.scale, self.level = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
+            self.register_buffer("mean", torch.zeros(()))
+            self.mean_of: Callable[[Tensor], Tensor] = torch.mean   # of a batch; of several workers' all parts of it
 
     @classmethod
     def load(cls, model: str, card: BtBertCard | None, options: TrainableOptions, dtype: str, device: str) -> Self:
@@ -130,14 +139,17 @@ class BtBert(nn.Module):
         """The parameters beside the body: scale and bias, or the outputs."""
         if self.card.mode == "explicit":
             return {"output.weight": self.output.weight, "output.bias": self.output.bias}
-        return {} if self.card.mode == "literal_softmax16" else {"scale": self.scale, "bias": self.bias}
+        return {} if self.card.mode == "literal_softmax16" else {
+            "scale": self.scale, "bias": self.level - self.scale * self.mean}
 
     @torch.no_grad()
     def take_head(self, card: BtBertCard, head: dict[str, Tensor]) -> None:
         """Take over a head; of an explicit model the outputs of the concerns that both know."""
         if self.card.mode != "explicit":
-            for name, mine in self.head().items():
-                mine.copy_(head[name])
+            if self.card.mode != "literal_softmax16":
+                self.scale.copy_(head["scale"])
+                self.level.copy_(head["bias"])
+                self.mean.zero_()
             return
         known = card.names()
         for place, name in enumerate(self.card.names()):
@@ -152,10 +164,12 @@ class BtBert(nn.Module):
             return raw
         if self.card.mode == "literal_softmax16":
             return PUBLISHED_SCALE * raw
-        return self.scale * (PUBLISHED_SCALE * raw if self.card.mode == "affine16" else raw) + self.bias
+        if self.training:
+            self.mean.lerp_(self.mean_of(raw.detach()), FOLLOW)
+        return self.scale * (raw - self.mean) + self.level
 
     def raw(self, token_ids: Sequence[Tokens]) -> Tensor:
-        """What the network gives before scale and bias: float32 (N,), or the outputs (N, C)."""
+        """What the network gives before its learned scale and bias: float32 (N,), or the outputs (N, C)."""
         mode = self.card.mode
         if mode == "explicit":
             outputs_NC: Tensor = self.output(self.encoder(token_ids))
@@ -168,7 +182,7 @@ class BtBert(nn.Module):
         if mode == "logodds":
             x_N = x_NH.mean(dim=1).clamp(EPSILON, 1 - EPSILON)
             return torch.log(x_N) - torch.log1p(-x_N)
-        return x_NH.sum(dim=1)
+        return x_NH.sum(dim=1) * (PUBLISHED_SCALE if mode == "affine16" else 1.0)
 
     def _self_attention(self, token_ids: Sequence[Tokens]) -> Tensor:
         """How much of token 0's attention is on itself, after the softmax, of each head, (N, H)."""
@@ -199,10 +213,28 @@ class BtBert(nn.Module):
             self.output.weight.mul_(0.0)
             self.output.bias.copy_(wanted.expand_as(self.output.bias))
         elif self.card.mode != "literal_softmax16":
-            raw = self.raw(token_ids) * (PUBLISHED_SCALE if self.card.mode == "affine16" else 1.0)
+            raw = self.raw(token_ids)
             spread = float(raw.std()) if len(raw) > 1 else 0.0
             self.scale.fill_(1.0 / max(spread, EPSILON) if spread > EPSILON else 1.0)
-            self.bias.copy_(_bias_for(self.scale * raw, float(torch.sigmoid(wanted))))
+            self._set_level(raw, float(torch.sigmoid(wanted)))
+
+    @torch.no_grad()
+    def settle(self, token_ids: Sequence[Tokens], prior: float) -> None:
+        """Set mean and level so that the mean prediction over these inputs equals `prior`; the scale stays."""
+        if "scale" in self.head():
+            self._set_level(self.raw(token_ids), prior)
+
+    @torch.no_grad()
+    def recenter(self, token_ids: Sequence[Tokens]) -> None:
+        """Set the mean to that of these inputs and change no prediction: before a trained model learns more."""
+        if "scale" in self.head():
+            mean = self.raw(token_ids).mean()
+            self.level.add_(self.scale * (mean - self.mean))
+            self.mean.copy_(mean)
+
+    def _set_level(self, raw: Tensor, share: float) -> None:
+        self.mean.copy_(raw.mean())
+        self.level.copy_(_bias_for(self.scale * (raw - self.mean), share))
 
     def tokenizer(self) -> BtBertTokenizer:
         """What makes this model's inputs."""

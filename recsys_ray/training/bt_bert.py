@@ -37,8 +37,8 @@ from recsys_ray.training.sampler import BatchSampler, SamplerConfig
 
 log = logging.getLogger(__name__)
 
-STAGE_VERSION = 1       # raise it when the same inputs would give another model
-STARTED_ON = 256        # inputs on which the first mean prediction is set to the prior
+STAGE_VERSION = 2       # raise it when the same inputs would give another model
+STARTED_ON = 256        # inputs on which the mean prediction is set to the prior, before training and after
 EVALUATED_TOKENS = 8192
 OBJECTIVE = "macro_ap"
 
@@ -125,6 +125,7 @@ class BtBertTask:
         self.judged_products = self.tokens.products(self.judged.ingredients, self.judged.titles)
         self.wrapped: Any = self.model
         if world_size() > 1:
+            self.model.mean_of = mean_over_workers
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, broadcast_buffers=False,
                                                                gradient_as_bucket_view=True)
 
@@ -154,6 +155,14 @@ class BtBertTask:
         (loss * (scale * world_size() / whole)).backward()  # type: ignore[no-untyped-call]
         summed = sum_over_workers(loss.detach().double().reshape(1))
         return {"loss": float(summed) / whole, "tokens": float(sum(map(len, ids)))}
+
+    def first_inputs(self) -> list[Tokens]:
+        """Some inputs of the training pairs, drawn by the seed."""
+        return self.inputs(self.products, self.units[drawn(len(self.units), STARTED_ON, self.config.seed)])
+
+    def settle(self) -> None:
+        """Set the mean prediction over training pairs to their share of positives: each batch had a mean of its own."""
+        self.model.settle(self.first_inputs(), float(self.train.positive_share().mean()))
 
     def inputs(self, products: Sequence[ProductTokens], units: Ints) -> list[Tokens]:
         """The inputs of (product, concern) units; the concern is -1 where a product is asked for all at once."""
@@ -201,10 +210,11 @@ def build_task(config: FinetuneBtBertConfig, concerns: tuple[Concern, ...], trai
     if known:
         train = replayed(train, [one.name in known for one in concerns], config.replay, config.seed)
     task = BtBertTask(config, model, train, valid)
-    if not known:
-        first = task.units[drawn(len(task.units), STARTED_ON, config.seed)]
+    if known:
+        model.recenter(task.first_inputs())
+    else:
         share = torch.from_numpy(train.positive_share())
-        model.start(task.inputs(task.products, first), share if config.mode == "explicit" else share.mean())
+        model.start(task.first_inputs(), share if config.mode == "explicit" else share.mean())
     return task
 
 
@@ -241,6 +251,12 @@ def class_weights(pairs: ConcernPairs) -> Floats:
 def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """The sum over pairs of weight times binary cross-entropy."""
     return (F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none") * weights).sum()
+
+
+def mean_over_workers(raw_N: Tensor) -> Tensor:
+    """The mean of the rows of all workers, ()."""
+    total = sum_over_workers(torch.stack([raw_N.sum(), torch.tensor(float(len(raw_N)), device=raw_N.device)]))
+    return total[0] / total[1]
 
 
 def _of_units(values_PC: Floats, units: Ints) -> Tensor:

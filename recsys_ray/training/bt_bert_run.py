@@ -90,6 +90,7 @@ def _write(config: FinetuneBtBertConfig, task: BtBertTask, files: RunFiles, dire
     if best is not None:
         task.model.load_state_dict(best)
     task.model.eval()
+    task.settle()
     calibration = calibrate(task.model.card.names(), task.logits(task.judged_products), task.judged.targets,
                             task.judged.weights) if len(task.judged) else Calibration()
     values = asdict(progress) | {

@@ -64,7 +64,7 @@ def test_logits_are_made_of_the_hubs_own_attention(tiny_text_model: Callable[...
         for one, found in zip(ids, raw, strict=True):
             before, after = attention_of_hub(root, one)
             mean = after.mean()
-            wanted = {"presoftmax": before.sum(), "literal_softmax16": after.sum(), "affine16": after.sum(),
+            wanted = {"presoftmax": before.sum(), "literal_softmax16": after.sum(), "affine16": 16 * after.sum(),
                       "logodds": torch.log(mean / (1 - mean))}[mode]
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -122,6 +122,31 @@ def test_the_first_predictions_equal_the_prior(tiny_text_model: Callable[..., Pa
     model.start(ids, prior)
     found = torch.sigmoid(model(ids)).detach().mean(dim=0)
     torch.testing.assert_close(found, prior, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["presoftmax", "affine16", "logodds"])
+def test_training_takes_a_running_mean_off_and_saves_the_same_model(tiny_text_model: Callable[..., Path],
+                                                                   mode: str) -> None:
+    """The mean follows the batches of training alone; settled, the mean prediction is the prior."""
+    model = model_of(tiny_text_model(), mode)
+    ids = inputs_of(model)
+    model.start(ids, torch.tensor(0.2))
+    told = {name: one.clone() for name, one in model.head().items()}
+    model.take_head(model.card, told)           # as a trained model is opened to learn more
+    before = model(ids).detach()
+    model.recenter(ids)
+    torch.testing.assert_close(model(ids).detach(), before, rtol=1e-3, atol=1e-3)
+    raw = model.raw(ids).detach()
+    with torch.no_grad():
+        model.mean.add_(1.0)        # as if all scores had fallen by 1
+    model.train()
+    model(ids)
+    model.eval()
+    torch.testing.assert_close(model.mean, raw.mean() + 0.9, rtol=1e-4, atol=1e-4)
+    model.settle(ids, 0.1)
+    torch.testing.assert_close(torch.sigmoid(model(ids)).detach().mean(), torch.tensor(0.1), rtol=1e-3, atol=1e-4)
+    head = model.head()
+    torch.testing.assert_close(head["scale"] * raw + head["bias"], model(ids), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", get_args(Mode))

@@ -1,0 +1,67 @@
+"""The cells of the concern benchmark: which there are, which begin from others' models, and what is made again."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from recsys_ray.artifacts import stage
+from recsys_ray.config import Config, load_config
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    folder = str(REPO / "benchmarks")
+    spec = importlib.util.spec_from_file_location("bt_bert_benchmark", f"{folder}/bt_bert.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def config_of(benchmark: ModuleType, tmp_path: Path, *overrides: str) -> Any:
+    return load_config(benchmark.JobConfig, REPO / "configs/bench_bt_bert/full.yaml", [
+        f"work={tmp_path}/work", f"cells={tmp_path}/cells", *overrides])
+
+
+def make(benchmark: ModuleType, config: Any, name: str) -> None:
+    benchmark.write_cell(benchmark.cell_file(config, name), benchmark._identity(config, name), {"cell": name})
+
+
+def test_every_cell_has_a_model_to_begin_from_before_it(benchmark: ModuleType, tmp_path: Path) -> None:
+    config = config_of(benchmark, tmp_path)
+    names = benchmark.names(config)
+    assert len(names) == len(set(names))
+    assert names[-1].startswith("speed/")       # alone on the machine
+    for first, others in benchmark.dependants(config).items():
+        assert all(names.index(first) < names.index(other) for other in others)
+
+
+def test_a_cell_is_made_again_for_other_settings_and_for_a_model_that_others_still_need(
+        benchmark: ModuleType, tmp_path: Path) -> None:
+    config = config_of(benchmark, tmp_path)
+    assert not benchmark.is_made(config, "new/base")
+    make(benchmark, config, "new/base")
+    assert not benchmark.is_made(config, "new/base")        # its model is gone, and two cells begin from it
+    with stage(config.work / "models/new/base", "bt_bert", "x") as staging:
+        staging.commit([], config=Config())
+    assert benchmark.is_made(config, "new/base")
+    other = config_of(benchmark, tmp_path, "finetune.optim.learning_rate=1.0e-5")
+    assert not benchmark.is_made(other, "new/base")
+    for name in ("new/replay", "new/forget"):
+        make(benchmark, config, name)
+    elsewhere = config.replace(work=tmp_path / "elsewhere")
+    assert benchmark.is_made(elsewhere, "new/base")         # nothing begins from it any more
