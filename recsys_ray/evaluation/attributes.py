@@ -66,18 +66,38 @@ def chance_level(query_rows: pa.Table, catalogue_rows: pa.Table, leave_out: Leav
     coded = _coded(query_rows, catalogue_rows, leave_out)
     found = {}
     for name in NAMES:
-        asked, offered = coded.query[name], coded.catalogue[name]
-        known = offered >= 0
-        size = int(max(offered.max(initial=-1), asked.max(initial=-1))) + 1
-        counts = np.bincount(offered[known], minlength=size)
-        own_known = _counts_of(coded.query_own, coded.catalogue_own[known])
-        pair = coded.catalogue_own[known] * max(1, size) + offered[known]
-        own_same = _counts_of(np.where(coded.query_own >= 0, coded.query_own * max(1, size) + asked, -1),
-                              np.where(coded.catalogue_own[known] >= 0, pair, -1))
-        same = np.where(asked >= 0, counts[np.maximum(asked, 0)] if size else 0, 0) - own_same
+        same, known = _offered(coded, name)
         with np.errstate(invalid="ignore", divide="ignore"):
-            found[name] = np.where(asked >= 0, same / (known.sum() - own_known), np.nan)
+            found[name] = np.where(coded.query[name] >= 0, same / known, np.nan)
     return found
+
+
+def chance_precision(query_rows: pa.Table, catalogue_rows: pa.Table, name: str = "category2",
+                     leave_out: LeaveOut = "group") -> Floats:
+    """The average precision of a random order for each query, exactly, (N_q,); NaN where nothing is relevant.
+
+    With R relevant rows of N, p = (R - 1) / (N - 1) and the harmonic number H_N it is p + (1 - p) H_N / N: a row at
+    rank k is relevant with R / N, and of the k - 1 before it a share p is expected to be.
+    """
+    coded = _coded(query_rows, catalogue_rows, leave_out)
+    same, known = _offered(coded, name)
+    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, known.max(initial=1) + 1))])[known]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        others = np.where(known > 1, (same - 1) / (known - 1), 0.0)
+        return np.where((coded.query[name] >= 0) & (same > 0), others + (1 - others) * harmonic / known, np.nan)
+
+
+def _offered(coded: _Coded, name: str) -> tuple[Ints, Ints]:
+    """(rows of each query's value, rows of any known value) in the catalogue without what is left out, (N_q,) each."""
+    asked, offered = coded.query[name], coded.catalogue[name]
+    known = offered >= 0
+    size = 1 + int(max(offered.max(initial=-1), asked.max(initial=-1), 0))
+    own_known = _counts_of(coded.query_own, coded.catalogue_own[known])
+    own_same = _counts_of(np.where(coded.query_own >= 0, coded.query_own * size + asked, -1),
+                          np.where(coded.catalogue_own[known] >= 0, coded.catalogue_own[known] * size + offered[known],
+                                   -1))
+    same = np.bincount(offered[known], minlength=size)[np.maximum(asked, 0)] - own_same
+    return np.where(asked >= 0, same, 0), known.sum() - own_known
 
 
 def average_precisions(query_vectors: Vectors, query_rows: pa.Table, catalogue_vectors: Vectors,

@@ -33,6 +33,7 @@ from recsys_ray.evaluation.attributes import (
     attribute_figures,
     average_precisions,
     chance_level,
+    chance_precision,
     top_products,
 )
 from recsys_ray.evaluation.slice_gate import scoreboard
@@ -196,8 +197,9 @@ def _figures(task: Task, config: EvaluateAttributesConfig) -> dict[str, dict[str
         own = (vectors, task.queries, task.catalogue_vectors[system], task.catalogue)
         found[system] = attribute_figures(*own, depth=config.depth) | {
             PRECISION: average_precisions(*own, seed=config.seed)}
-    chance = chance_level(task.queries, task.catalogue)
-    return {"chance": {**chance, PRECISION: chance["category2"]}, **found}
+    chance = chance_level(task.queries, task.catalogue) | {
+        PRECISION: chance_precision(task.queries, task.catalogue)}
+    return {"chance": chance, **found}
 
 
 # --- what is written ------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from recsys_ray.evaluation.attributes import (
     attribute_figures,
     average_precisions,
     chance_level,
+    chance_precision,
     slice_gate,
     top_products,
 )
@@ -82,6 +83,14 @@ def test_collapsed_vectors_reach_chance_and_no_more() -> None:
         np.testing.assert_allclose(found["category2"], chance_level(rows, rows)["category2"])
 
 
+def test_the_average_precision_of_chance_is_that_of_random_orders() -> None:
+    _, rows = shop(9)
+    random = np.random.default_rng(0)
+    drawn = np.mean([average_precisions(noise, rows, noise, rows) for noise in random.normal(
+        size=(1200, 9, 16)).astype(np.float32)], axis=0)
+    np.testing.assert_allclose(chance_precision(rows, rows), drawn, atol=0.03)
+
+
 @pytest.mark.parametrize(("spoil", "message"), [
     (lambda vectors: np.where(np.arange(8) == 2, np.nan, vectors), "vector of p0"),
     (lambda vectors: vectors[:-1], "shape"),
@@ -142,6 +151,17 @@ def test_a_slice_below_the_frozen_model_is_worse_and_a_small_one_undecidable() -
 def test_rows_of_one_sender_are_one_unit() -> None:
     """The same figures from 20 senders instead of 300 decide nothing."""
     assert gate(-0.1, units=20, margin=0.03)["a"] == "undecidable"
+
+
+def test_several_trainings_are_judged_together() -> None:
+    """One collapse among three seeds is a loss, and a wider interval than three equal ones have."""
+    random = np.random.default_rng(2)
+    frozen, noise = random.uniform(0.3, 0.7, 300), random.normal(0, 0.02, (3, 300))
+    whole = {"all": np.ones(300, bool)}
+    same, = slice_gate(frozen, frozen + noise + 0.05, np.arange(300), whole)
+    mixed, = slice_gate(frozen, frozen + noise + np.array([[0.05], [0.05], [-0.4]]), np.arange(300), whole)
+    assert (same.outcome, mixed.outcome) == ("improved", "undecidable")
+    assert mixed.high - mixed.low > 5 * (same.high - same.low)
 
 
 def test_bounds_hold_for_all_slices_at_once() -> None:
