@@ -214,6 +214,17 @@ def test_filters_and_order_hold_and_can_be_taken_off(page: Any) -> None:
     assert "category" not in page.url
 
 
+def test_a_concern_is_chosen_and_an_answer_says_what_it_rests_on(page: Any) -> None:
+    page.locator("#query").blur()
+    ask(page, "red sofa")
+    page.locator("#concern").select_option("acne")
+    until(page, "document.querySelectorAll('.card').length > 0 && document.querySelectorAll('.card').length <= 12")
+    assert "concern=acne" in page.url
+    page.locator(".card").first.click()
+    assert "acne (0.9) because of salicylic acid, zinc pca" in page.locator(".card .why").inner_text()
+    page.locator("#clear").click()
+
+
 def test_more_results_come_when_asked_for(page: Any) -> None:
     page.locator("#query").blur()
     ask(page, "red")
