@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
 from recsys_ray.config import Config
@@ -56,6 +56,8 @@ def decode_image(data: bytes, limits: ImageLimits | None = None) -> Pixels:
             return _pixels(_upright(image))
     except ImageError:
         raise
+    except UnidentifiedImageError:      # its own message names an object in memory
+        raise ImageError(f"does not decode: none of {', '.join(limits.formats)}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged input; every one means this image
         raise ImageError(f"does not decode: {type(error).__name__}: {str(error)[:120]}") from None
 
