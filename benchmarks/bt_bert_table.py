@@ -183,5 +183,6 @@ def _robust(cells: Cells, sheet: ConcernSheet) -> tuple[dict[str, float], dict[s
 
 def _speed(cells: Cells) -> tuple[dict[str, float], dict[str, Any]]:
     cell = next(cell for name, cell in cells.items() if name.startswith("speed/"))
-    return ({"scoring_speed_ratio": cell["ratio_fp32"], "scoring_speed_ratio_bf16": cell["ratio_bf16"]},
+    return ({"scoring_speed_ratio": cell["ratio_fp32"], "scoring_speed_ratio_bf16": cell["ratio_bf16"],
+             "scoring_auc_difference": max(cell["auc_difference"].values())},
             {"scoring": {key: cell[key] for key in ("rounds", "pairs", "auc_difference", "pairs_per_cpu_second")}})

@@ -92,8 +92,8 @@ class FilterColumns:
                 mask &= coded.one_of(values)
         if filters.concern is not None:
             addressing = np.zeros(self.size, dtype=np.bool_)
-            for one in filters.concern:
-                addressing[self._addressing.get(one, ())] = True
+            for one in set(filters.concern) & set(self._addressing):
+                addressing[self._addressing[one]] = True
             mask &= addressing
         if filters.price_min_cents is not None or filters.price_max_cents is not None:
             mask &= self._price_cents != NO_PRICE

@@ -32,7 +32,7 @@ def passes(row: dict[str, Any], filters: Filters) -> bool:
     {"category": [""]}, {"brand": ["B"], "category": ["sofa"]}, {"price_min_cents": 0}, {"price_max_cents": 100},
     {"price_min_cents": 100, "price_max_cents": 100}, {"price_min_cents": 10**30}, {"price_max_cents": 10**30},
     {"brand": ["A"], "price_max_cents": 99}, {"brand": ["\ud800"]},
-    {"concern": ["acne"]}, {"concern": ["age", "acne"], "brand": ["A"]}, {"concern": []},
+    {"concern": ["acne"]}, {"concern": ["age", "acne"], "brand": ["A"]}, {"concern": []}, {"concern": ["redness"]},
 ], ids=str)
 def test_the_mask_is_what_the_filter_says(values: dict[str, Any]) -> None:
     filters = Filters.model_validate(values)
