@@ -2,12 +2,14 @@
 
 With a picture's frozen vector v of unit length and a head f (linear, or an MLP), the adapted vector is
 
-    z = (v + f(v)) / |v + f(v)|,        f = 0 at the start
+    z = (v + f(v - m)) / |v + f(v - m)|,        f = 0 at the start
 
-so training begins at the frozen model, and weight decay pulls back to it. Texts of a tower that shares the pictures'
-space get such a head too; those of another encoder are projected into the space (`start_projection`), which has to be
-judged against chance, because there is no frozen model to compare with. Attribute heads are prototypes u_v of each
-value v, with logits s * z . u_v / |u_v|. A product's picture and text together are one vector
+where m is the middle of the train pictures, kept beside the weights: what all pictures have in common is most of a
+vector and tells nothing. So training begins at the frozen model, and weight decay pulls back to it. Texts of a tower
+that shares the pictures' space get such a head too; those of another encoder are projected into the space
+(`Projection.start`), which has to be judged against chance, because there is no frozen model to compare with. Attribute
+heads are prototypes u_v of each value v, with logits s * z . u_v / |u_v|. A product's picture and text together are one
+vector
 
     [sqrt(w) z_picture, sqrt(1 - w) z_text]
 
@@ -83,6 +85,8 @@ class Head(nn.Module):
     def __init__(self, dimension: int, config: HeadConfig) -> None:
         super().__init__()
         self.residual = config.start == "identity"
+        self.middle: Tensor
+        self.register_buffer("middle", torch.zeros(dimension))
         last = nn.Linear(config.hidden if config.kind == "mlp" else dimension, dimension)
         self.change: nn.Module = last
         if config.kind == "mlp":
@@ -93,7 +97,7 @@ class Head(nn.Module):
 
     def forward(self, vectors_ND: Tensor) -> Tensor:
         """The adapted vectors."""
-        changed: Tensor = self.change(vectors_ND)
+        changed: Tensor = self.change(vectors_ND - self.middle)
         return F.normalize(vectors_ND + changed if self.residual else changed, dim=-1)
 
 
@@ -137,12 +141,20 @@ class AttributeAdapter(nn.Module):
         self.scale = nn.Parameter(torch.tensor(LOGIT_SCALE))
 
     @torch.no_grad()
-    def start_prototypes(self, vectors_ND: Tensor, codes_NA: Tensor) -> None:
-        """Begin each value's prototype at the middle of its pictures, seen from the middle of all.
+    def start(self, vectors_ND: Tensor, codes_NA: Tensor, texts_NT: Tensor | None = None) -> None:
+        """Begin at what train pictures say: their middle, and each value's prototype at its pictures' seen from there.
 
-        `codes_NA` are values by their number in the card's order, -1 where unknown.
+        `codes_NA` are values by their number in the card's order, -1 where unknown; `texts_NT` are the vectors of the
+        products' texts, zeros where there is none: their middle, or the projection that is nearest to the pictures.
         """
         middle_D = vectors_ND.mean(dim=0)
+        self.image.middle.copy_(middle_D)
+        if texts_NT is not None:
+            there_N = (texts_NT != 0).any(dim=1)
+            if isinstance(self.text, Projection):
+                self.text.start(texts_NT[there_N], vectors_ND[there_N])
+            elif self.text is not None:
+                self.text.middle.copy_(texts_NT[there_N].mean(dim=0))
         for column, name in enumerate(self.card.attributes):
             prototypes_VD = self.prototypes[name]
             for value in range(len(prototypes_VD)):

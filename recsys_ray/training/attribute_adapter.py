@@ -25,7 +25,7 @@ from torch import Tensor
 from recsys_ray.config import Config, ConfigError, fingerprint
 from recsys_ray.data.attribute_pair_data import GroupSplit
 from recsys_ray.evaluation.attributes import attribute_figures
-from recsys_ray.models.attribute_adapter import AdapterCard, AttributeAdapter, HeadConfig, Projection
+from recsys_ray.models.attribute_adapter import AdapterCard, AttributeAdapter, HeadConfig
 from recsys_ray.runtime import RayConfig
 from recsys_ray.training.attribute_data import ATTRIBUTES, Items, Pairs
 from recsys_ray.training.attribute_gate import SliceGateConfig
@@ -50,8 +50,11 @@ class AdapterLossConfig(Config):
     image: float = Field(default=1.0, ge=0)             # of pictures finding pictures
     text: float = Field(default=0.5, ge=0)              # of a product's text finding its picture
     fused: float = Field(default=0.5, ge=0)             # of both halves finding both, by the learned weight
-    attributes: float = Field(default=0.3, ge=0)        # of naming a picture's attributes
+    attributes: float = Field(default=10.0, ge=0)       # of naming a picture's attributes
     attribute_weights: dict[str, float] = Field(default_factory=lambda: {"neckline": 2.0})
+    # length of random noise on frozen vectors, by how far pictures are from their middle: keeps heads from learning by
+    # heart what few pictures show (Bishop 1995: the same as a Tikhonov penalty)
+    noise: float = Field(default=1.0, ge=0)
     mask: bool = True       # what may be as good as the positive is no negative; without it, as in naive recipes, it is
 
     @model_validator(mode="after")
@@ -85,7 +88,7 @@ class FinetuneAttributeAdapterConfig(LoopConfig):
     force: bool = False                     # publish whatever the gate says; it is recorded
     split: GroupSplit = GroupSplit()        # of the groups, where there are no pairs; else theirs
     epochs: float = Field(default=10.0, gt=0)
-    optim: OptimConfig = OptimConfig(learning_rate=3e-4, weight_decay=0.01)
+    optim: OptimConfig = OptimConfig(learning_rate=1e-3, weight_decay=0.01)
     workers: WorkersConfig = WorkersConfig()
     ray: RayConfig = RayConfig()
 
@@ -141,6 +144,7 @@ class AdapterTask:
         self.vectors, self.codes = torch.from_numpy(items.vectors).to(device), torch.from_numpy(items.codes).to(device)
         self.groups = torch.from_numpy(items.groups).to(device)
         self.texts = None if items.texts is None else torch.from_numpy(items.texts).to(device)
+        self.noise = self.config.loss.noise * float(np.sqrt(items.vectors[self.data.train].var(axis=0).mean()))
         random = np.random.default_rng([self.config.seed, 1])
         judged = random.permutation(self.data.valid)[:self.config.validation.items]
         self.judged, self.asked = items.take(judged), np.arange(min(len(judged), self.config.validation.queries))
@@ -181,7 +185,8 @@ class AdapterTask:
         columns, of_text = np.concatenate([pairs.others[batch], hard]), np.concatenate([pairs.anchors[batch], hard])
         seat = torch.from_numpy(seats).to(self.vectors.device)
         allowed = self.allowed(anchors, others, columns, owners, seats)
-        image_MD, image_CD = model.image(self.vectors[anchors]), model.image(self.vectors[columns])
+        images_D = self.noisy(number, 0, pairs.anchors[batch])
+        image_MD, image_CD = model.image(images_D[seat]), model.image(self.noisy(number, 1, columns))
         found = {"image": info_nce(scores(image_MD, image_CD, "dot"), seat, temperature, allowed),
                  "masked": torch.zeros(()) if allowed is None else (~allowed).float().mean(dim=1)}
         if self.config.loss.attributes:
@@ -191,13 +196,21 @@ class AdapterTask:
             return found
         there_M = (self.texts[anchors] != 0).any(dim=1)
         text_MD, text_CD = self.text_of(anchors), self.text_of(columns)
-        pictures_CD = model.image(self.vectors[of_text])
+        pictures_CD = model.image(self.noisy(number, 2, of_text))
         by_text = self.allowed(anchors, anchors, of_text, owners, seats)
         found["text"] = torch.where(there_M, info_nce(scores(text_MD, pictures_CD, "dot"), seat, temperature, by_text),
                                     0.0)
         found["fused"] = info_nce(scores(model.fuse(image_MD, text_MD), model.fuse(image_CD, text_CD), "dot"), seat,
                                   temperature, allowed)
         return found
+
+    def noisy(self, number: int, part: int, places: Ints) -> Tensor:
+        """Frozen vectors of pictures with this batch's noise, (N, D), the same on every worker."""
+        vectors_ND = self.vectors[places]
+        if not self.noise:
+            return vectors_ND
+        random = torch.Generator().manual_seed((self.config.seed << 32) + 3 * number + part)
+        return vectors_ND + self.noise * torch.randn(vectors_ND.shape, generator=random).to(vectors_ND.device)
 
     def text_of(self, places: Ints) -> Tensor:
         """Adapted texts, (N, D); zeros where a product has none, so that only its picture counts."""
@@ -255,8 +268,6 @@ def build_task(config: FinetuneAttributeAdapterConfig, data: AdapterData) -> Ada
                        temperature=config.loss.temperature)
     model, known = AttributeAdapter(card), data.items.take(data.train)
     if config.head.start == "identity":
-        model.start_prototypes(torch.from_numpy(known.vectors), torch.from_numpy(known.codes))
-    if isinstance(model.text, Projection) and known.texts is not None:
-        there = (known.texts != 0).any(axis=1)
-        model.text.start(torch.from_numpy(known.texts[there]), torch.from_numpy(known.vectors[there]))
+        model.start(torch.from_numpy(known.vectors), torch.from_numpy(known.codes),
+                    None if known.texts is None else torch.from_numpy(known.texts))
     return AdapterTask(config, model.to("cuda" if config.workers.gpus else "cpu"), data)

@@ -68,7 +68,8 @@ def test_a_projection_begins_at_the_least_squares_map() -> None:
 def test_prototypes_begin_at_the_middle_of_their_pictures() -> None:
     model, vectors = adapter(), torch.eye(6)
     codes = torch.tensor([[0, -1], [1, 0], [0, 1], [1, 2], [0, -1], [1, -1]])
-    model.start_prototypes(vectors, codes)
+    model.start(vectors, codes)
+    assert torch.equal(model.image.middle, vectors.mean(dim=0))
     named = model.logits(vectors)["category2"].argmax(dim=1)
     assert named.tolist() == codes[:, 0].tolist()
 
@@ -77,7 +78,7 @@ def test_prototypes_are_those_of_the_column_whatever_the_attributes_are_called()
     """Columns of codes are in the card's order, which is not the alphabet's: pattern stands before neckline."""
     model = adapter(attributes={"pattern": ["dots", "solid", "check"], "neckline": ["crew", "boat"]})
     codes = torch.tensor([[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]])
-    model.start_prototypes(torch.eye(6), codes)
+    model.start(torch.eye(6), codes)
     logits = model.logits(torch.eye(6))
     assert list(logits) == ["pattern", "neckline"]
     for column, name in enumerate(logits):
