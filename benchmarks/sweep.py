@@ -68,16 +68,25 @@ def run(config: JobConfig) -> Path:
 
 
 def _killed(command: list[str], config: JobConfig) -> int:
-    """Start the sweep in a process group of its own and kill all of it; returns the trials that had ended."""
+    """Start the sweep in a process group of its own and kill all of it; returns the trials that had surely ended.
+
+    A trial that was stopped early publishes nothing, so those that have begun are counted: all but the concurrent
+    ones have ended.
+    """
     driver = subprocess.Popen(command, start_new_session=True)
-    while (ended := len(list((config.sweep.output / "trials").glob("*/CURRENT")))) < config.kill_after:
+    while (ended := _begun(config) - config.sweep.concurrent) < config.kill_after:
         if driver.poll() is not None:
             raise RuntimeError(f"the sweep ended with {driver.returncode} before it could be killed")
         time.sleep(0.5)
-    os.kill(driver.pid, signal.SIGKILL)
+    os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     log.info("killed the driver after %d trials", ended)
     return ended
+
+
+def _begun(config: JobConfig) -> int:
+    trials = config.sweep.output / "trials"
+    return len([path for path in trials.iterdir() if path.is_dir()]) if trials.is_dir() else 0
 
 
 if __name__ == "__main__":
