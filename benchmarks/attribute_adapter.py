@@ -30,7 +30,7 @@ from attribute_adapter_table import summary
 from cells import is_current, make_missing, merged, read_cell, write_cell
 
 from recsys_ray.artifacts import Artifact, open_artifact, write_table
-from recsys_ray.config import Config, main
+from recsys_ray.config import Config, fingerprint, main
 from recsys_ray.data.attribute_data import LabelAttributesConfig, label_attributes
 from recsys_ray.data.attribute_pair_data import GroupSplit, MakeAttributePairsConfig, make_attribute_pairs
 from recsys_ray.data.attribute_pairs import PairConfig
@@ -135,14 +135,15 @@ def _ready(config: JobConfig) -> None:
             "output": config.work / "prepared", "num_buckets": 4}))
         attributes = label_attributes(LabelAttributesConfig.model_validate({
             "products": {"prepared": config.work / "prepared"}, "output": config.work / "attributes"}))
-        _draw_pictures(config, attributes)
-        embed_images(EmbedImagesConfig(images=ImageTable(path=str(config.work / "pictures")), encoder=config.encoder,
+        pictures = config.work / "pictures" / fingerprint(config.shop.identity())
+        _draw_pictures(config, attributes, pictures)
+        embed_images(EmbedImagesConfig(images=ImageTable(path=str(pictures)), encoder=config.encoder,
                                        output=config.work / "vectors", workers=1))
     _make_pairs(config)
     _embed_texts(config, attributes)
 
 
-def _draw_pictures(config: JobConfig, attributes: Artifact) -> None:
+def _draw_pictures(config: JobConfig, attributes: Artifact, folder: Path) -> None:
     """The pictures of the fashion department, as the shop's generator draws them, in files that are made once."""
     catalogue = build_catalogue(config.shop)
     numbers = np.flatnonzero(catalogue.department == DEPARTMENTS.index("fashion"))
@@ -151,7 +152,7 @@ def _draw_pictures(config: JobConfig, attributes: Artifact) -> None:
     side, seed = config.shop.image_side, config.shop.seed
     for shard, start in enumerate(range(0, len(numbers), SHARD_ROWS)):
         name = f"images-{shard:05d}.parquet"
-        if (config.work / "pictures" / name).is_file():
+        if (folder / name).is_file():
             continue
         some = numbers[start:start + SHARD_ROWS]
         ids, chance = catalogue.ids(some), uniforms(seed, "images", some, 4)
@@ -159,7 +160,7 @@ def _draw_pictures(config: JobConfig, attributes: Artifact) -> None:
                  for at, product in enumerate(products(catalogue, some))]
         rows = [{"image_id": f"{one}.jpg", "product_id": one, "width": side, "height": side, "data": data}
                 for one, data in zip(ids, drawn, strict=True)]
-        write_table(config.work / "pictures", name, pa.Table.from_pylist(rows, schema=IMAGE))
+        write_table(folder, name, pa.Table.from_pylist(rows, schema=IMAGE))
 
 
 def _make_pairs(config: JobConfig) -> None:
@@ -184,11 +185,16 @@ def _items(config: JobConfig) -> tuple[Items, dict[str, Ints], dict[str, Any]]:
     """(the pictures, the places of each split, the identity of the picture tower)."""
     vectors = open_artifact(config.work / "vectors", "image_vectors")
     items = read_items(vectors, open_artifact(config.work / "attributes", "attributes"), None)
-    known = pq.read_table(config.work / "texts.parquet")
-    place = pc.index_in(items.rows["product_id"].combine_chunks(), value_set=known["product_id"].combine_chunks())
-    texts = known["vector"].combine_chunks().flatten().to_numpy().reshape(len(known), -1)[place.to_numpy()]
+    told = pq.read_table(config.work / "texts.parquet")
+    place = pc.index_in(items.rows["product_id"].combine_chunks(), value_set=told["product_id"].combine_chunks())
+    texts = told["vector"].combine_chunks().flatten().to_numpy().reshape(len(told), -1)[place.to_numpy()]
     items = Items.of(items.vectors, items.rows, np.array(texts, dtype=np.float32))
-    return items, split_places(items, config.split), vectors.manifest.facts["encoder"]
+    split = split_places(items, config.split)
+    truth = planted_rows(config, items.rows["product_id"].to_pylist())
+    planted = np.array(truth["group_key"].to_pylist(), dtype=object)
+    known = set(planted[split["train"]]) | set(planted[split["valid"]])    # a repeated listing whose words hide it
+    split["test"] = np.array([one for one in split["test"].tolist() if planted[one] not in known], dtype=np.int64)
+    return items, split, vectors.manifest.facts["encoder"]
 
 
 def planted_rows(config: JobConfig, product_ids: list[str]) -> pa.Table:
@@ -237,7 +243,8 @@ def _hits(vectors: Floats, rows: pa.Table) -> dict[str, Any]:
 
 def _settings(config: JobConfig, row: str, seed: int) -> FinetuneAttributeAdapterConfig:
     return FinetuneAttributeAdapterConfig.model_validate(merged(merged(config.finetune, config.rows[row]), {
-        "vectors": config.work / "vectors", "output": config.work / "adapters" / row / str(seed), "seed": seed}))
+        "vectors": config.work / "vectors", "seed": seed,    # a folder of its own: no run goes on with another's state
+        "output": config.work / "adapters" / fingerprint(_identity(config, f"{row}/{seed}"))}))
 
 
 def _train(config: JobConfig, row: str, seed: int, items: Items, split: dict[str, Ints], identity: dict[str, Any]

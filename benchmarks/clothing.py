@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from cells import is_current, make_missing, merged, read_cell, write_cell
 
 from recsys_ray.artifacts import Artifact, open_artifact, write_table
-from recsys_ray.config import Config, main
+from recsys_ray.config import Config, fingerprint, main
 from recsys_ray.data.image_files import ImageTable
 from recsys_ray.evaluation.attributes import attribute_figures, average_precisions, chance_level
 from recsys_ray.evaluation.results import write_result
@@ -119,7 +119,8 @@ def _make_cell(config: JobConfig, fold: int, seed: int) -> None:
     held_out, train, valid = _places(config, items, fold, seed)
     name = f"{fold}/{seed}"
     settings = FinetuneAttributeAdapterConfig.model_validate(merged(config.finetune, {
-        "vectors": config.work / "vectors", "output": config.work / "adapters" / name, "seed": seed}))
+        "vectors": config.work / "vectors", "seed": seed,    # a folder of its own: no run goes on with another's state
+        "output": config.work / "adapters" / fingerprint(_identity(config, vectors, name))}))
     data = AdapterData(items, train, valid, label_pairs(items, seed).within(train, len(items)),
                        vectors.manifest.facts["encoder"])
     directory = settings.output.resolve()

@@ -188,7 +188,7 @@ class AdapterTask:
         images_D = self.noisy(number, 0, pairs.anchors[batch])
         image_MD, image_CD = model.image(images_D[seat]), model.image(self.noisy(number, 1, columns))
         found = {"image": info_nce(scores(image_MD, image_CD, "dot"), seat, temperature, allowed),
-                 "masked": torch.zeros(()) if allowed is None else (~allowed).float().mean(dim=1)}
+                 "masked": image_MD.new_zeros(()) if allowed is None else (~allowed).float().mean(dim=1)}
         if self.config.loss.attributes:
             found["attributes"] = attribute_cross_entropy(model.logits(image_MD), self.codes[anchors],
                                                           self.config.loss.attribute_weights)
