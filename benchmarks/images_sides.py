@@ -96,7 +96,7 @@ def loader(task: dict[str, Any]) -> dict[str, Any]:
 
         def __getitem__(self, place: int) -> torch.Tensor:
             with Image.open(io.BytesIO(self.data[place].as_buffer())) as image:
-                return torch.from_numpy(frame(np.asarray(image.convert("RGB"))).copy())
+                return torch.from_numpy(frame(image.convert("RGB")).copy())
 
     batches = DataLoader(Pictures(), batch_size=config.batch_size, num_workers=task["workers"])
     if task["decode_only"]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,7 +40,12 @@ class ImageError(ValueError):
 
 
 def decode_image(data: bytes, limits: ImageLimits | None = None) -> Pixels:
-    """Pixels, uint8 of shape (height, width, 3), the way up that the camera's EXIF says; first frame only.
+    """Pixels, uint8 of shape (height, width, 3), of `open_image`."""
+    return np.asarray(open_image(data, limits), dtype=np.uint8)
+
+
+def open_image(data: bytes, limits: ImageLimits | None = None) -> Image.Image:
+    """A loaded RGB image, the way up that the camera's EXIF says; first frame only.
 
     Transparency lies on white. Errors: `ImageError` for anything outside `limits`, for another
     format, and for bytes that do not decode.
@@ -53,7 +59,8 @@ def decode_image(data: bytes, limits: ImageLimits | None = None) -> Pixels:
         with Image.open(io.BytesIO(data), formats=limits.formats) as image:
             _check_size(image.width, image.height, limits)
             image.load()
-            return _pixels(_upright(image))
+            _turn_upright(image)
+            return _in_rgb(image)
     except ImageError:
         raise
     except UnidentifiedImageError:      # its own message names an object in memory
@@ -62,10 +69,10 @@ def decode_image(data: bytes, limits: ImageLimits | None = None) -> Pixels:
         raise ImageError(f"does not decode: {type(error).__name__}: {str(error)[:120]}") from None
 
 
-def decoded_images(raw: pa.Table, then: Callable[[Pixels], Kept], limits: ImageLimits | None = None
+def decoded_images(raw: pa.Table, then: Callable[[Image.Image], Kept], limits: ImageLimits | None = None
                    ) -> tuple[pa.Table, list[Kept], pa.Table]:
-    """`raw` (IMAGE, with or without `_error` and `_source`) -> (usable IMAGE rows, what `then` made of the pixels of
-    each, QUARANTINE rows).
+    """`raw` (IMAGE, with or without `_error` and `_source`) -> (usable IMAGE rows, what `then` made of each image, in
+    RGB, QUARANTINE rows).
 
     Width and height of usable rows are those of the upright image. Bytes are kept as they came; the pixels of one image
     are held at a time.
@@ -80,7 +87,7 @@ def decoded_images(raw: pa.Table, then: Callable[[Pixels], Kept], limits: ImageL
         try:
             if error:
                 raise ImageError(error)
-            pixels = decode_image(raw["data"][at].as_py() or b"", limits)
+            image = open_image(raw["data"][at].as_py() or b"", limits)
         except ImageError as reason:
             facts = {name: raw[name][at].as_py() for name in IMAGE.names if name in columns and name != "data"}
             refused.append({
@@ -89,8 +96,8 @@ def decoded_images(raw: pa.Table, then: Callable[[Pixels], Kept], limits: ImageL
             })
         else:
             kept.append(at)
-            sizes.append((pixels.shape[1], pixels.shape[0]))
-            made.append(then(pixels))
+            sizes.append(image.size)
+            made.append(then(image))
     usable = raw.take(pa.array(kept, pa.int64()))
     measured = {"width": [width for width, _ in sizes], "height": [height for _, height in sizes]}
     filled = [pa.array(measured[field.name], field.type) if field.name in measured
@@ -108,18 +115,16 @@ def _check_size(width: int, height: int, limits: ImageLimits) -> None:
         raise ImageError(f"{width} x {height} pixels; one side is over {limits.max_aspect:g} times the other")
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:   # broken EXIF must not cost a good picture, and Pillow raises many types for it
-        return image
+def _turn_upright(image: Image.Image) -> None:
+    with suppress(Exception):   # broken EXIF must not cost a good picture, and Pillow raises many types for it
+        ImageOps.exif_transpose(image, in_place=True)
 
 
-def _pixels(image: Image.Image) -> Pixels:
+def _in_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):      # 16 bits a pixel: Pillow would clip them to white instead of scaling
         grey = (np.clip(np.asarray(image).astype(np.int64), 0, 65535) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return Image.fromarray(np.repeat(grey[:, :, None], 3, axis=2))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         layered = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered)
-    return np.asarray(image.convert("RGB"), dtype=np.uint8)
+    return image if image.mode == "RGB" else image.convert("RGB")

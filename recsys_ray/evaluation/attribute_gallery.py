@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from recsys_ray.artifacts import Artifact
 from recsys_ray.data.attribute_schema import NAMES
@@ -113,10 +114,7 @@ def thumbnails(table: ImageTable, wanted: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def _small(pixels: npt.NDArray[np.uint8]) -> str:
-    from PIL import Image
-
-    picture = Image.fromarray(pixels)
+def _small(picture: Image.Image) -> str:
     picture.thumbnail((SIDE, SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=78)

@@ -59,12 +59,13 @@ class Framing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def frame(self, pixels: Pixels) -> Pixels:
-        """The middle square of a picture in the network's size, uint8 (side, side, 3)."""
-        height, width = pixels.shape[:2]
+    def frame(self, picture: Pixels | Image.Image) -> Pixels:
+        """The middle square of an RGB picture in the network's size, uint8 (side, side, 3)."""
+        image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+        width, height = image.size
         scale = self.side / self.crop / min(height, width)
         size = max(self.side, round(width * scale)), max(self.side, round(height * scale))
-        resized = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+        resized = image.resize(size, Image.Resampling.BICUBIC)
         left, top = (size[0] - self.side) // 2, (size[1] - self.side) // 2
         return np.asarray(resized.crop((left, top, left + self.side, top + self.side)))
 

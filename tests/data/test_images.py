@@ -108,7 +108,7 @@ def test_a_table_is_divided_into_usable_and_refused() -> None:
                                                             pa.large_binary()),
         "_error": [None, None, "image_id is missing"], "_source": ["f:1", "f:2", "f:3"],
     })
-    kept, shapes, refused = decoded_images(raw, lambda pixels: pixels.shape)
+    kept, shapes, refused = decoded_images(raw, lambda image: (image.height, image.width, len(image.getbands())))
     assert kept.schema == IMAGE
     assert shapes == [(10, 20, 3)]
     assert kept.select(["image_id", "width", "height"]).to_pylist() == [{"image_id": "good", "width": 20, "height": 10}]
