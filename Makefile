@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 FAISS ?= cpu
 RUN := $(VENV)/bin/python
+BESIDE ?= --numprocesses 2 --dist loadfile  # two test files at a time; each process has a Ray of its own
 JOB = $(RUN) jobs/$(1).py --config configs/$(1)/$(2).yaml
 
 .DEFAULT_GOAL := help
@@ -37,10 +38,10 @@ shop: $(VENV)/.demo  ## your own catalogue: make shop DATA=products.csv [REVIEWS
 test: test-unit test-ray  ## unit tests, then the Ray tier
 
 test-unit: $(VENV)/.dev  ## tests without Ray, about a minute
-	$(RUN) -m pytest -m "not ray"
+	$(RUN) -m pytest -m "not ray" $(BESIDE)
 
 test-ray: $(VENV)/.dev  ## tests that start a local Ray, Serve or a cluster
-	$(RUN) -m pytest -m ray
+	$(RUN) -m pytest -m ray $(BESIDE)
 
 lint: $(VENV)/.dev  ## ruff
 	$(RUN) -m ruff check .

@@ -153,6 +153,7 @@ class _Chunk:
     tokens: Sequence[TokenIds]
     place: slice
     rng: RandomState
+    is_last: bool
 
 
 @dataclass(frozen=True)
@@ -195,11 +196,14 @@ def contrastive_backward(encode_queries: Encode, encode_documents: Encode, batch
     if config.mini_batch is None:
         rows_ND = torch.cat([encode_queries(batch.query_tokens), encode_documents(batch.document_tokens)])
         return _loss_and_gradient(rows_ND, batch, config, guide, teacher, scale)
-    rows_ND, chunks = _first_pass(_chunks(encode_queries, encode_documents, batch, config.mini_batch))
+    rows_ND, (*again, kept), last_ND = _first_pass(
+        _chunks(encode_queries, encode_documents, batch, config.mini_batch), sync)
     values = _loss_and_gradient(rows_ND.requires_grad_(), batch, config, guide, teacher, scale)
     gradient_ND = _gradient(rows_ND)
-    for number, chunk in enumerate(chunks):
-        with nullcontext() if number == len(chunks) - 1 else sync(), chunk.rng.replayed():
+    with sync():    # first, so that the graph is gone before the next one is built; another chunk is the last to sync
+        torch.autograd.backward(last_ND, gradient_ND[kept.place])
+    for number, chunk in enumerate(again):
+        with nullcontext() if number == len(again) - 1 else sync(), chunk.rng.replayed():
             torch.autograd.backward(chunk.encode(chunk.tokens), gradient_ND[chunk.place])
     return values
 
@@ -210,7 +214,7 @@ def contrastive_loss(encode_queries: Encode, encode_documents: Encode, batch: Pa
     """What `contrastive_backward` finds, without gradients: for validation."""
     _check_given(batch, config, guide, teacher)
     most = config.mini_batch or max(len(batch.query_tokens), len(batch.document_tokens))
-    rows_ND, _ = _first_pass(_chunks(encode_queries, encode_documents, batch, most))
+    rows_ND, *_ = _first_pass(_chunks(encode_queries, encode_documents, batch, most))
     return _loss_and_gradient(rows_ND, batch, config, guide, teacher, None)
 
 
@@ -230,22 +234,28 @@ def _check_given(batch: PairBatch, config: ContrastiveConfig, guide: GuideScores
 def _chunks(encode_queries: Encode, encode_documents: Encode, batch: PairBatch, most: int) -> Iterator[_Chunk]:
     """Chunks of at most `most` texts in their order; the random state is that of the moment a chunk is taken."""
     sides = ((encode_queries, batch.query_tokens), (encode_documents, batch.document_tokens))
+    total = len(batch.query_tokens) + len(batch.document_tokens)
     for (encode, tokens), offset in zip(sides, (0, len(batch.query_tokens)), strict=True):
         for start in range(0, len(tokens), most):
             some = tokens[start: start + most]
-            yield _Chunk(encode, some, slice(offset + start, offset + start + len(some)), RandomState.now())
+            place = slice(offset + start, offset + start + len(some))
+            yield _Chunk(encode, some, place, RandomState.now(), place.stop == total)
 
 
-@torch.no_grad()
-def _first_pass(chunks: Iterator[_Chunk]) -> tuple[Tensor, list[_Chunk]]:
-    """(embeddings of all texts, queries first, without a graph; the chunks they were computed in)."""
+def _first_pass(chunks: Iterator[_Chunk], sync: Sync = nullcontext) -> tuple[Tensor, list[_Chunk], Tensor]:
+    """(embeddings of all texts, queries first, without a graph; their chunks; the last chunk's, with their graph).
+
+    That one graph is no more memory than any chunk needs, and spares its chunk a second pass.
+    """
     taken, parts = [], []
     for chunk in chunks:
         taken.append(chunk)
-        parts.append(chunk.encode(chunk.tokens))
+        graph = chunk.is_last and torch.is_grad_enabled()
+        with sync() if graph else nullcontext(), torch.set_grad_enabled(graph):
+            parts.append(chunk.encode(chunk.tokens))
     if not parts:
         raise BatchError("a batch without queries and documents")
-    return torch.cat(parts), taken
+    return torch.cat([part.detach() for part in parts]), taken, parts[-1]
 
 
 def _loss_and_gradient(rows_ND: Tensor, batch: PairBatch, config: ContrastiveConfig, guide: GuideScores | None,

@@ -105,7 +105,8 @@ def settings_of(artefacts: Path, output: Path, **changes: Any) -> FinetuneAttrib
         "vectors": artefacts / "image_vectors", "attributes": artefacts / "attributes",
         "pairs": artefacts / "attribute_pairs", "embeddings": artefacts / "embeddings", "output": output,
         "max_steps": 12, "evaluate_every": 4, "checkpoint_every": 3, "workers": {"threads": 1},
-        "optim": {"learning_rate": 1e-2}, "loss": {"attributes": 1, "noise": 0.5}, "sampler": {"batch_size": 32, "boosts": {"material": {"denim": 3}}},
+        "optim": {"learning_rate": 1e-2}, "loss": {"attributes": 1, "noise": 0.5},
+        "sampler": {"batch_size": 32, "boosts": {"material": {"denim": 3}}},
         "gate": {"min_units": 10}, "force": True, **changes})
 
 
