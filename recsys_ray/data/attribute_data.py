@@ -20,10 +20,11 @@ from pydantic import Field, model_validator
 from recsys_ray.artifacts import Artifact, Manifest, find_artifact, open_artifact, stage, sweep_staging, write_text
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.attribute_audit import attribute_audit, attribute_page, spot_check
-from recsys_ray.data.attribute_schema import NAMES, PACKAGED, AttributeSchema, load_schema
+from recsys_ray.data.attribute_schema import NAMES, AttributeSchema, load_schema
 from recsys_ray.data.attributes import READ_COLUMNS, AttributeReader, read_values, with_groups
 from recsys_ray.data.preprocess import QUARANTINED_CHARS
 from recsys_ray.data.product_groups import GroupConfig, find_groups
+from recsys_ray.data.rule_files import PACKAGED
 from recsys_ray.data.sources import load_rows, table_states
 from recsys_ray.schema import ATTRIBUTE_ROW, PRODUCT, QUARANTINE
 

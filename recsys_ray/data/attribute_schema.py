@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError
 
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.phrases import words_of
+from recsys_ray.data.rule_files import PACKAGED, read_rules
 
-PACKAGED = "packaged"
 FOLDER = Path(__file__).parent / "attribute_rules"
 LANGUAGE = "language"
 NAMES = ("category2", "material", "pattern", "neckline", "sleeve")
-MAX_RULE_BYTES = 1 << 20
+FILES = tuple(f"{name}.yaml" for name in (*NAMES, LANGUAGE))
 Place = Literal["category", "attributes", "title", "features", "description"]
 
 
@@ -91,8 +90,9 @@ def load_schema(folders: Sequence[str | Path] = (PACKAGED,)) -> AttributeSchema:
     """
     merged: dict[str, dict[str, Any]] = {}
     for folder in folders:
-        for path in _files(FOLDER if str(folder) == PACKAGED else Path(folder)):
-            _merge(merged.setdefault(path.stem, {}), _read(path))
+        root = FOLDER if str(folder) == PACKAGED else Path(folder)
+        for path, values in read_rules(root, FILES, "an attribute table", AttributeSchemaError):
+            _merge(merged.setdefault(path.stem, {}), values)
     if missing := [name for name in NAMES if name not in merged]:
         raise AttributeSchemaError(f"rules of {', '.join(map(str, folders))}: no {missing[0]}.yaml; there are five "
                                    f"attributes: {', '.join(NAMES)}. Put {PACKAGED!r} first to add to ours")
@@ -104,32 +104,6 @@ def load_schema(folders: Sequence[str | Path] = (PACKAGED,)) -> AttributeSchema:
                 **{name: list(rules.model_dump(mode="json").items()) for name, rules in attributes.items()},
                 "order": {name: list(rules.values) for name, rules in attributes.items()}}
     return AttributeSchema(attributes, language, fingerprint(document))
-
-
-def _files(folder: Path) -> list[Path]:
-    known = [f"{name}.yaml" for name in (*NAMES, LANGUAGE)]
-    if not folder.is_dir():
-        raise AttributeSchemaError(f"{folder}: no such folder of rules; name a folder with {', '.join(known)}, or "
-                                   f"{PACKAGED!r}")
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
-    for path in found:
-        if path.name not in known:
-            raise AttributeSchemaError(f"{path}: not an attribute table; a folder of rules holds {', '.join(known)}")
-    if not found:
-        raise AttributeSchemaError(f"{folder}: no attribute table; a folder of rules holds some of {', '.join(known)}")
-    return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_RULE_BYTES:
-        raise AttributeSchemaError(f"{path}: larger than {MAX_RULE_BYTES} bytes, not an attribute table")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise AttributeSchemaError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise AttributeSchemaError(f"{path}: expected keys at the top, found {type(values).__name__}")
-    return values
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:

@@ -21,9 +21,10 @@ from recsys_ray.artifacts import Artifact, FileEntry, Staging, find_artifact, st
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.concern_audit import audit_of, audit_page
 from recsys_ray.data.concern_products import ConcernProducts, read_concern_products
-from recsys_ray.data.concern_rulebook import PACKAGED, Rulebook, load_rules
+from recsys_ray.data.concern_rulebook import Rulebook, load_rules
 from recsys_ray.data.concern_splits import ConcernSplitConfig, stratified_split
 from recsys_ray.data.concerns import LABELS, Labeller, Mode, label_products
+from recsys_ray.data.rule_files import PACKAGED
 from recsys_ray.data.sources import load_rows, table_states
 from recsys_ray.schema import CONCERN_LABEL, CONCERN_PRODUCT, QUARANTINE, conform
 

@@ -13,16 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.ingredients import Synonyms
+from recsys_ray.data.rule_files import PACKAGED, read_rules
 
-PACKAGED = "packaged"
 FOLDER = Path(__file__).parent / "concern_rules"
 FILES = ("concerns.yaml", "categories.yaml", "ingredients.yaml", "synonyms.yaml")
-MAX_RULE_BYTES = 4 << 20
 
 
 class RuleError(ValueError):
@@ -152,8 +150,9 @@ def load_rules(folders: Sequence[str | Path] = (PACKAGED,)) -> Rulebook:
     """
     merged: dict[str, Any] = {"concerns": {}, "uses": [], "kinds": {}, "rules": {}, "groups": []}
     for folder in folders:
-        for path in _rule_files(FOLDER if str(folder) == PACKAGED else Path(folder)):
-            _merge(merged, _read(path), path)
+        root = FOLDER if str(folder) == PACKAGED else Path(folder)
+        for path, values in read_rules(root, FILES, "a rule table", RuleError):
+            _merge(merged, values, path)
     try:
         tables = _Tables.model_validate(merged)
     except ValidationError as error:
@@ -161,30 +160,6 @@ def load_rules(folders: Sequence[str | Path] = (PACKAGED,)) -> Rulebook:
         raise RuleError(f"rules of {', '.join(map(str, folders))}: {'.'.join(map(str, problem['loc']))}: "
                         f"{problem['msg']}") from None
     return _checked(tables)
-
-
-def _rule_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise RuleError(f"{folder}: no such folder of rules; name a folder with {', '.join(FILES)}, or {PACKAGED!r}")
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml"))
-    for path in found:
-        if path.name not in FILES:
-            raise RuleError(f"{path}: not a rule table; a folder of rules holds {', '.join(FILES)}")
-    if not found:
-        raise RuleError(f"{folder}: no rule table; a folder of rules holds some of {', '.join(FILES)}")
-    return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if path.stat().st_size > MAX_RULE_BYTES:
-        raise RuleError(f"{path}: larger than {MAX_RULE_BYTES} bytes, not a rule table")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RuleError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise RuleError(f"{path}: expected keys at the top, found {type(values).__name__}")
-    return values
 
 
 _KEYS = {"concerns.yaml": {"concerns"}, "categories.yaml": {"uses", "kinds"},

@@ -16,9 +16,10 @@ from pydantic import Field
 from recsys_ray.artifacts import Artifact, find_artifact, stage, sweep_staging, write_text
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.concern_products import ConcernProducts, read_concern_products
-from recsys_ray.data.concern_rulebook import PACKAGED, load_rules
+from recsys_ray.data.concern_rulebook import load_rules
 from recsys_ray.data.concerns import Labeller
 from recsys_ray.data.ingredients import parse_ingredients
+from recsys_ray.data.rule_files import PACKAGED
 from recsys_ray.evaluation.explain import AttentionReader, Floats, Listed, occlusion, order_of, ranked_attention
 from recsys_ray.models.bt_bert import KIND as MODEL_KIND
 from recsys_ray.models.bt_bert import Concern

@@ -36,8 +36,9 @@ from recsys_ray.artifacts import (
     write_table,
 )
 from recsys_ray.config import Config, fingerprint
-from recsys_ray.data.concern_rulebook import PACKAGED, Rulebook, load_rules
+from recsys_ray.data.concern_rulebook import Rulebook, load_rules
 from recsys_ray.data.ingredients import ingredients_in_text
+from recsys_ray.data.rule_files import PACKAGED
 from recsys_ray.data.sources.blocks import Piece, Recipe, pieces_of, read_piece
 from recsys_ray.data.sources.config import TableSource
 from recsys_ray.data.sources.plan import file_states, recipes
