@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch: test files run beside one another, one core each
+
 REPO = Path(__file__).resolve().parents[1]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from curves import assert_same_curve, assert_same_weights
 from small_pairs import write_pairs
 
 from recsys_ray.artifacts import Artifact, current_version, open_artifact
@@ -51,13 +52,6 @@ def curve(artifact: Artifact) -> list[dict[str, float]]:
     """Steps and evaluations without what depends on the clock."""
     lines = read_curve(artifact.file("metrics.jsonl"))
     return [{name: value for name, value in line.items() if name not in ("seconds", "cpu_seconds")} for line in lines]
-
-
-def same_curve(one: list[dict[str, float]], other: list[dict[str, float]], relative: float = 0.0) -> bool:
-    assert [line["step"] for line in one] == [line["step"] for line in other]
-    for a, b in zip(one, other, strict=True):
-        assert a == pytest.approx(b, rel=relative, abs=relative)
-    return True
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +116,8 @@ def test_a_killed_process_goes_on_to_the_same_end(
     assert killed.wait(120) == 137, (tmp_path / "log").read_text()
     assert current_version(tmp_path / "encoder") is None
     resumed = finetune_bge(FinetuneBgeConfig.model_validate(settings))
-    assert same_curve(curve(resumed), curve(uninterrupted))
-    assert resumed.manifest.facts["encoder"] == uninterrupted.manifest.facts["encoder"]
+    assert_same_curve(curve(resumed), curve(uninterrupted))
+    assert_same_weights(*(one.file("encoder/model.safetensors") for one in (resumed, uninterrupted)))
 
 
 def driver(settings: dict[str, Any], directory: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -188,7 +182,7 @@ def test_two_workers_learn_what_one_learns(pairs: Path, model: Path, tmp_path: P
               for line in curve(uninterrupted)]  # these two are of the first worker's share
     found = [{name: value for name, value in line.items() if name not in ("tokens", "false_negative_share")}
              for line in curve(artifact)]
-    assert same_curve(found, wanted, 2e-3)
+    assert_same_curve(found, wanted, 2e-3)
 
 
 @pytest.mark.ray
@@ -212,8 +206,8 @@ def test_a_killed_worker_and_a_killed_driver_change_nothing(pairs: Path, model: 
     running = driver(settings, tmp_path, {})
     assert running.wait(240) == 0, (tmp_path / "log").read_text()
     resumed, uninterrupted = (open_artifact(root / "encoder", "encoder") for root in (tmp_path, whole))
-    assert same_curve(curve(resumed), curve(uninterrupted))
-    assert resumed.manifest.facts["encoder"] == uninterrupted.manifest.facts["encoder"]
+    assert_same_curve(curve(resumed), curve(uninterrupted))
+    assert_same_weights(*(one.file("encoder/model.safetensors") for one in (resumed, uninterrupted)))
     assert "going on from step" in (tmp_path / "log").read_text() or resumed.manifest.facts["steps"] == 60
 
 
