@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from recsys_ray.config import Config
@@ -96,18 +97,23 @@ def title_key(title: str) -> str:
 
 
 def plain_items(raw: pa.Table) -> pa.Table:
-    """(product_id, title, author, description, categories) of RAW_PRODUCT rows, the nameless left out."""
+    """(product_id, title, author, description, categories) of RAW_PRODUCT rows; a nameless one's title is empty."""
     rows = [{"product_id": product, "title": _line(title), "author": _line(brand) or None,
              "description": _line(description) or None, "categories": categories or []}
             for product, title, brand, description, categories in zip(
                 *(raw[name].to_pylist() for name in ("product_id", "title", "brand", "description", "categories")),
                 strict=True)]
-    return pa.Table.from_pylist([row for row in rows if row["title"]], schema=PLAIN_ITEMS)
+    return pa.Table.from_pylist(rows, schema=PLAIN_ITEMS)
+
+
+def named_items(items: pa.Table) -> pa.Table:
+    """Those of `plain_items` that have a title: of a nameless one a reader could be told nothing."""
+    return items.filter(pc.not_equal(items["title"], ""))
 
 
 def catalogue_table(products: pa.Table, genres: Mapping[str, list[str]] | None, texts: pa.Table | None,
                     eligible: Sequence[str] | None, most_genres: int) -> pa.Table:
-    """ITEM rows by product id, each product once, of `plain_items`; popularity is 0.
+    """ITEM rows by product id, each product once, of `named_items`; popularity is 0.
 
     Without shelves the categories stand in for genres. `texts` (PRODUCT_WORDS) replace those made of the fields.
     """

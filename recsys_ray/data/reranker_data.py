@@ -46,6 +46,7 @@ from recsys_ray.data.interactions import (
     catalogue_table,
     genre_rows,
     liked,
+    named_items,
     plain_items,
     top_genres,
     user_histories,
@@ -191,7 +192,9 @@ def _of_users(config: MakeRerankerPairsConfig, source: SourceConfig, staging: St
 def _catalogue(config: MakeRerankerPairsConfig, source: SourceConfig, counts: Counter[str]) -> pa.Table:
     """ITEM rows of the source, by product id; popularity is not known yet."""
     has = tables_of(source)
-    products = _collected(read_products(source), plain_items, counts, "products")
+    listed = _collected(read_products(source), plain_items, counts, "products")
+    products = named_items(listed)
+    counts["products without a title"] += listed.num_rows - products.num_rows
     genres = top_genres(_collected(read_tags(source), genre_rows, counts, "tags"), config.item_genres) \
         if "tags" in has else None
     texts = _collected(read_texts(source), _words, counts, "texts") if "texts" in has else None

@@ -19,6 +19,7 @@ from recsys_ray.data.interactions import (
     item_text,
     known_before,
     liked,
+    named_items,
     names_item,
     plain_items,
     title_key,
@@ -106,7 +107,8 @@ def test_the_catalogue_has_each_item_once_and_its_own_text_where_there_is_one() 
         {"product_id": "2", "title": "Dune ", "brand": "Frank\nHerbert", "categories": ["Books", "Sand"]},
         {"product_id": "1", "title": "Emma", "brand": None, "description": "A\tnovel."},
         {"product_id": "1", "title": "Emma", "brand": None}, {"product_id": "3", "title": " "}], schema=RAW_PRODUCT)
-    plain = plain_items(raw)
+    plain = named_items(plain_items(raw))
+    assert (plain_items(raw).num_rows, plain.num_rows) == (4, 3)     # the nameless one can be counted
     rows = catalogue_table(plain, None, None, ["2"], 5).to_pylist()
     assert [(row["product_id"], row["eligible"]) for row in rows] == [("1", False), ("2", True)]
     assert rows[1]["text"] == "Dune by Frank Herbert. Genres: Books, Sand."
