@@ -1,4 +1,4 @@
-"""A whole shop, from its files to a search that answers: the flow, its evaluation, the report, the service."""
+"""A whole shop, from its files to a search that answers: the flow, what reorders and looks, the report, the service."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from recsys_ray.evaluation.report import ReportConfig, write_report
 from recsys_ray.evaluation.retrieval import EvaluateConfig, evaluate, read_evaluation
 from recsys_ray.evaluation.summary import terminal_summary
 from recsys_ray.flow import FlowConfig, run_flow, stage_clock
+from recsys_ray.ranking.train_gbdt import TrainGbdtConfig, train_gbdt
+from recsys_ray.retrieval.embed_images import EmbedImagesConfig, embed_images
+from recsys_ray.retrieval.hybrid_build import BuildHybridConfig, build_hybrid
 from recsys_ray.runtime import connected
 from recsys_ray.serving.app import serving, until_stopped
 from recsys_ray.serving.config import ServeConfig
@@ -31,6 +34,9 @@ class RunShopConfig(Config):
     """The flow, what to score, where the report goes, how to serve and what to ask."""
 
     flow: FlowConfig
+    ranker: TrainGbdtConfig | None = None           # trees that reorder the flow's candidates; None: none
+    images: EmbedImagesConfig | None = None         # the products' pictures
+    hybrid: BuildHybridConfig | None = None         # search by pictures, of the flow's index and `images`
     evaluations: tuple[EvaluateConfig, ...] = ()
     report: ReportConfig
     serve: ServeConfig
@@ -44,6 +50,7 @@ def run_shop(config: RunShopConfig) -> Path:
     console = Console(width=max(WIDTH, Console().width))
     with connected(config.flow.ray):
         run_flow(config.flow)
+        _reorder_and_look(config)
         for evaluation in config.evaluations:
             with stage_clock(f"evaluate {evaluation.name}"):
                 summary = terminal_summary(read_evaluation(evaluate(evaluation)), WIDTH, brief=True)
@@ -59,6 +66,19 @@ def run_shop(config: RunShopConfig) -> Path:
                     threading.Event().wait()
     console.print(f"Report: {report.resolve().as_uri()}")
     return report
+
+
+def _reorder_and_look(config: RunShopConfig) -> None:
+    """The stages after retrieval that were asked for."""
+    if config.ranker is not None:
+        with stage_clock("trees"):
+            train_gbdt(config.ranker)
+    if config.images is not None:
+        with stage_clock("embed pictures"):
+            embed_images(config.images)
+    if config.hybrid is not None:
+        with stage_clock("search by pictures"):
+            build_hybrid(config.hybrid)
 
 
 def ask(url: str, question: str, k: int) -> dict[str, Any]:

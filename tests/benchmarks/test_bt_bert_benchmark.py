@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,18 +17,7 @@ REPO = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    folder = str(REPO / "benchmarks")
-    spec = importlib.util.spec_from_file_location("bt_bert_benchmark", f"{folder}/bt_bert.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(folder)
-    return module
+    return import_module("bt_bert")
 
 
 def config_of(benchmark: ModuleType, tmp_path: Path, *overrides: str) -> Any:

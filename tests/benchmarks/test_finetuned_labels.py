@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -17,27 +15,11 @@ from recsys_ray.data.judged_pairs import JudgedQueries, judged_queries
 REPO = Path(__file__).resolve().parents[2]
 
 
-def benchmark(name: str) -> ModuleType:
-    """A module of benchmarks/, which is no package; as when it is run, it may import its neighbours."""
-    folder = str(REPO / "benchmarks")
-    spec = importlib.util.spec_from_file_location(name, f"{folder}/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(folder)
-    return module
-
-
-answers = benchmark("judged_answers")
-table = benchmark("finetuned_table")
-pair_mix = benchmark("pair_mix")
-shelves = benchmark("shelves")
-average = benchmark("weight_average")
+answers = import_module("judged_answers")
+table = import_module("finetuned_table")
+pair_mix = import_module("pair_mix")
+shelves = import_module("shelves")
+average = import_module("weight_average")
 IDS = [f"q{number}" for number in range(40)]
 
 
@@ -115,7 +97,7 @@ def test_a_query_without_a_relevant_product_counts_for_no_mean() -> None:
 
 
 def test_an_answer_lists_the_best_products_and_bm25_none_without_a_match() -> None:
-    ranks = benchmark("retriever_ranks")
+    ranks = import_module("retriever_ranks")
     catalogue = ranks.Catalogue(np.arange(4), ["a", "b", "c", "d"], [""] * 4, [""] * 4, np.zeros(4, np.int64))
     scores = np.array([0.0, 2.0, 0.0, 3.0], np.float32)
     assert answers.answer("q", scores, catalogue)["product_id"].to_pylist() == ["d", "b", "a", "c"]
@@ -172,13 +154,13 @@ def test_a_shelf_is_a_query_or_a_text_and_never_both() -> None:
 
 
 def test_a_recipe_without_judgments_has_nothing_to_choose_by() -> None:
-    module = benchmark("finetuned_labels")
+    module = import_module("finetuned_labels")
     with pytest.raises(ValueError, match="no query may choose"):
         module.Recipe.model_validate({"pairs": {}, "rates": [1e-5, 1e-4]})
 
 
 def test_the_cells_of_a_configuration() -> None:
-    module = benchmark("finetuned_labels")
+    module = import_module("finetuned_labels")
     config = load_config(module.JobConfig, REPO / "configs/bench_finetuned_labels/demo.yaml")
     assert module.final_cells(config) == ["all/base/0", "0/ours/1", "1/ours/1", "all/source/1", "all/mined/1"]
     other = config.model_copy(update={"seed": 8})

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from goodbooks_blend import Blend, BlendConfig, Features, features, fit_blend
 from goodbooks_scores import Panel, bm25_scores, cached, ranks, standardised
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -20,14 +19,7 @@ from recsys_ray.data.demo_shop.streams import uniforms
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "hybrid.py"
-    spec = importlib.util.spec_from_file_location("hybrid_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return import_module("hybrid")
 
 
 def test_a_photograph_shows_the_product_on_another_day(benchmark: ModuleType, tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -37,13 +37,7 @@ subprocess.run([sys.executable, "-c", held])
 
 @pytest.fixture(scope="module")
 def memory() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.py"
-    spec = importlib.util.spec_from_file_location("peak_memory", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_module("memory")
 
 
 def start(code: str) -> subprocess.Popen[bytes]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,24 +14,9 @@ from recsys_ray.training.attribute_gate import SliceGateConfig
 REPO = Path(__file__).resolve().parents[2]
 
 
-def benchmark(name: str) -> ModuleType:
-    folder = str(REPO / "benchmarks")
-    spec = importlib.util.spec_from_file_location(name, f"{folder}/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(folder)
-    return module
-
-
 def test_a_sender_is_in_one_fold_and_folds_are_about_even() -> None:
     senders = np.random.default_rng(0).integers(0, 60, 1000)
-    folds = benchmark("clothing").folds_of(senders, 5)
+    folds = import_module("clothing").folds_of(senders, 5)
     assert all(len(set(folds[senders == one].tolist())) == 1 for one in range(60))
     assert np.bincount(folds).min() > 150
 
@@ -53,7 +36,7 @@ def test_the_table_finds_what_was_gained_and_what_was_lost() -> None:
     cells = {"frozen/0": frozen, "ours/1": cell(0.1, noise, **trained), "source/1": cell(
         -0.1, noise, **{**trained, "refused": True}),
         "faults/1": {"caught": {"collapse": True, "other": False}, "shuffled_metadata_caught": True}}
-    headline, tables = benchmark("attribute_adapter_table").summary(
+    headline, tables = import_module("attribute_adapter_table").summary(
         cells, (1,), ("cardigan",), ("denim", "leather"), SliceGateConfig())
     assert headline["neckline10_gain"] == pytest.approx(0.1)
     assert headline["rare_material_gain_min"] == pytest.approx(0.0, abs=1e-9)      # leather

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,19 +18,9 @@ from recsys_ray.schema import JUDGMENT, TRAINING_PAIR, conform
 REPO = Path(__file__).resolve().parents[2]
 
 
-def benchmark(name: str) -> ModuleType:
-    """A module of benchmarks/, which is no package; as when it is run, it may import its neighbours."""
-    folder = str(REPO / "benchmarks")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(folder)
-
-
-gbdt_table, rerank_table = benchmark("gbdt_table"), benchmark("rerank_table")
-rerank_labels, pools, lists = benchmark("rerank_labels"), benchmark("rerank_pool"), benchmark("pair_lists")
-answers, retriever_ranks = benchmark("judged_answers"), benchmark("retriever_ranks")
+gbdt_table, rerank_table = import_module("gbdt_table"), import_module("rerank_table")
+rerank_labels, pools, lists = import_module("rerank_labels"), import_module("rerank_pool"), import_module("pair_lists")
+answers, retriever_ranks = import_module("judged_answers"), import_module("retriever_ranks")
 
 
 def pool(query: str = "sofa") -> Any:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import itertools
 import json
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -21,21 +19,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[2]
 
 
-def load(name: str) -> ModuleType:
-    sys.path.insert(0, str(REPO / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location(name, REPO / "benchmarks" / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.pop(0)
-
-
-clients, speed, load_test, pareto = (load(name) for name in ("serve_clients", "serve_speed", "load", "pareto"))
+clients, speed, load_test, pareto = (import_module(name) for name in ("serve_clients", "serve_speed", "load", "pareto"))
 
 
 @pytest.fixture

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from retriever_ranks import Asked, Catalogue, encoder_ranks
+from signal_ranks import SignalsConfig, signal_ranks
 
 from recsys_ray.models.bge_m3 import BgeM3Encoder
 from recsys_ray.models.bge_m3_heads import BgeM3Heads
 from recsys_ray.models.text_encoder import TextEncoderConfig
 from recsys_ray.retrieval.fusion import FusionConfig, fuse
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from retriever_ranks import Asked, Catalogue, encoder_ranks
-from signal_ranks import SignalsConfig, signal_ranks
-
-sys.path.pop(0)
 TEXTS = [f"{colour} {kind} {number % 4}" for number, (colour, kind) in enumerate(
     (colour, kind) for colour in ("red", "blue", "green") for kind in ("dress", "shoe", "hat", "table", "lamp"))]
 QUERIES = ["red lamp", "a table", "green 3", "zebra"]

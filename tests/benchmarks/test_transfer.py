@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
+from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,22 +15,7 @@ from recsys_ray.evaluation.significance import Units
 REPO = Path(__file__).resolve().parents[2]
 
 
-def benchmark(name: str) -> ModuleType:
-    folder = str(REPO / "benchmarks")
-    spec = importlib.util.spec_from_file_location(name, f"{folder}/{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    sys.path.insert(0, folder)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(folder)
-    return module
-
-
-table = benchmark("transfer_table")
+table = import_module("transfer_table")
 
 
 def gain(difference: float, half: float) -> dict[str, float]:
@@ -86,7 +70,7 @@ def test_the_table_of_two_data_sets_that_disagree_on_one_lever() -> None:
 
 
 def test_missing_cells_name_the_command_that_makes_them(tmp_path: Path) -> None:
-    module = benchmark("transfer")
+    module = import_module("transfer")
     config = load_config(module.JobConfig, REPO / "configs/bench_transfer/full.yaml")
     path = REPO / "configs/bench_finetuned_labels/esci.yaml"
     labels = load_config(sys.modules["finetuned_labels"].JobConfig, path).model_copy(update={"cells": tmp_path})
@@ -99,7 +83,7 @@ def test_missing_cells_name_the_command_that_makes_them(tmp_path: Path) -> None:
 
 
 def test_all_data_sets_have_the_rows_of_the_ladder() -> None:
-    module = benchmark("transfer")
+    module = import_module("transfer")
     config = load_config(module.JobConfig, REPO / "configs/bench_transfer/full.yaml")
     shop = load_config(sys.modules["retriever_ablation"].JobConfig, REPO / config.ablation)
     assert set(config.rows) <= set(shop.rows)

@@ -462,7 +462,9 @@ def test_run_shop(capsys: pytest.CaptureFixture[str]) -> None:
     """Everything is there already, so the whole flow makes nothing anew, and still answers its questions."""
     before = versions()
     assert before
-    assert run_job("run_shop", *(f"flow.shop.{one}" for one in SHOP), f"serve.port={free_port()}") == 0
+    assert run_job("run_shop", *(f"flow.shop.{one}" for one in SHOP), "ranker.gbdt.rounds=20",
+                   "ranker.gbdt.min_leaf=10", "ranker.samples=100", "images.workers=1", "images.encoder.device=cpu",
+                   f"serve.port={free_port()}") == 0
     now = versions()
     assert {path: now[path] for path in before if "evaluation" not in path} == {
         path: version for path, version in before.items() if "evaluation" not in path}
