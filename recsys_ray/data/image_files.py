@@ -11,18 +11,20 @@ import ipaddress
 import random
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
 from pydantic import Field
 
 from recsys_ray.config import Config
-from recsys_ray.data.images import ImageError, ImageLimits
-from recsys_ray.data.sources.blocks import Recipe
+from recsys_ray.data.images import ImageError, ImageLimits, Kept, decoded_images
+from recsys_ray.data.sources.blocks import Recipe, pieces_of, read_piece
 from recsys_ray.data.sources.config import SourceError, TableSource
 from recsys_ray.data.sources.files import file_system, find_files
 from recsys_ray.data.sources.plan import mapped_recipe
@@ -76,6 +78,17 @@ def with_bytes(rows: pa.Table, table: ImageTable) -> pa.Table:
               "_error": pa.array([error for _, error in found], pa.string())}
     names = [*IMAGE.names, "_error", "_source"]
     return pa.table({name: filled.get(name, rows[name]) for name in names})
+
+
+def chosen_images(table: ImageTable, image_ids: pa.Array, then: Callable[[Image.Image], Kept]
+                  ) -> Iterator[tuple[pa.Table, list[Kept], pa.Table]]:
+    """What `decoded_images` makes of the pictures with these ids, block by block; the others are not decoded."""
+    recipe = table.recipe()
+    for piece in (one for file in recipe.files for one in pieces_of(file)):
+        for block in read_piece(piece, recipe):
+            rows = block.filter(pc.is_in(block["image_id"].cast(pa.string()), value_set=image_ids))
+            if rows.num_rows:
+                yield decoded_images(with_bytes(rows, table), then, table.limits)
 
 
 def fetch(location: str | None, table: ImageTable) -> bytes:

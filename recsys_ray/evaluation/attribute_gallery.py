@@ -16,9 +16,7 @@ from PIL import Image
 from recsys_ray.artifacts import Artifact
 from recsys_ray.data.attribute_schema import NAMES
 from recsys_ray.data.attributes import value_of
-from recsys_ray.data.image_files import ImageTable, with_bytes
-from recsys_ray.data.images import decoded_images
-from recsys_ray.data.sources.blocks import pieces_of, read_piece
+from recsys_ray.data.image_files import ImageTable, chosen_images
 from recsys_ray.evaluation.evaluate_attributes import EvaluateAttributesConfig, Task
 
 SIDE = 112          # of a picture on the page
@@ -102,15 +100,9 @@ def picture_ids(vectors: Artifact, product_ids: set[str]) -> dict[str, str]:
 
 def thumbnails(table: ImageTable, wanted: Mapping[str, str]) -> dict[str, str]:
     """product_id -> a data URI of its picture, made small; those that cannot be had are left out."""
-    recipe = table.recipe()
     found: dict[str, str] = {}
-    names = pa.array(list(wanted), pa.string())
-    for piece in (one for file in recipe.files for one in pieces_of(file)):
-        for block in read_piece(piece, recipe):
-            rows = block.filter(pc.is_in(block["image_id"].cast(pa.string()), value_set=names))
-            if rows.num_rows:
-                usable, small, _ = decoded_images(with_bytes(rows, table), _small, table.limits)
-                found |= {wanted[one]: uri for one, uri in zip(usable["image_id"].to_pylist(), small, strict=True)}
+    for usable, small, _ in chosen_images(table, pa.array(list(wanted), pa.string()), _small):
+        found |= {wanted[one]: uri for one, uri in zip(usable["image_id"].to_pylist(), small, strict=True)}
     return found
 
 

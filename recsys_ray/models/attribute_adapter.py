@@ -1,6 +1,6 @@
-"""Residual heads on frozen towers, so that pictures of like attributes lie together; untrained they change nothing.
+"""Residual heads on towers, so that pictures of like attributes lie together; untrained they change nothing.
 
-With a picture's frozen vector v of unit length and a head f (linear, or an MLP), the adapted vector is
+With a picture's vector v of unit length by the tower and a head f (linear, or an MLP), the adapted vector is
 
     z = (v + f(v - m)) / |v + f(v - m)|,        f = 0 at the start
 
@@ -36,12 +36,12 @@ from torch import Tensor, nn
 from recsys_ray.artifacts import sha256_of
 from recsys_ray.config import Config
 from recsys_ray.data.images import Pixels
-from recsys_ray.models.image_encoder import ImageEncoder, ImageEncoderConfig
+from recsys_ray.models.image_encoder import TRAINED, ImageEncoder, ImageEncoderConfig
 from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.sentence_layout import EncoderError, find_model
 from recsys_ray.models.text_encoder import TextEncoderConfig
 
-KIND = "attribute_adapter"      # of the artefact, and the name of its directory
+KIND = TRAINED                  # of the artefact, and the name of its directory
 WEIGHTS, CARD = "adapter.safetensors", "adapter.json"
 FUSION_START = 0.7              # of the picture, as the source weighs it
 LOGIT_SCALE = 16.0              # of the prototypes' cosines, before it is learned
@@ -62,7 +62,8 @@ class HeadConfig(Config):
 class AdapterCard(Config):
     """All that is needed beside the weights, and which towers they belong to."""
 
-    image: dict[str, Any]                       # identity of the frozen picture tower
+    image: dict[str, Any]                       # identity of the picture tower
+    base: dict[str, Any] | None = None          # of the one that was trained to it; None: it is frozen
     text: dict[str, Any] | None = None          # of the text tower; None: pictures alone
     head: HeadConfig = HeadConfig()
     attributes: dict[str, tuple[str, ...]]      # attribute -> its values, in the order of the outputs
@@ -77,6 +78,11 @@ class AdapterCard(Config):
     def shares_space(self) -> bool:
         """Whether the text tower is the picture tower's own."""
         return self.text is not None and self.text == self.image
+
+    def on(self, trained: Mapping[str, Any]) -> Self:
+        """The card of the same heads on `trained`, the identity of what this card's picture tower has become."""
+        return self.replace(image=dict(trained), text=dict(trained) if self.shares_space else self.text,
+                            base=self.image)
 
 
 class Head(nn.Module):
@@ -212,12 +218,13 @@ def adapter_identity(model: str) -> dict[str, Any]:
     """What decides whether two adapted vectors may be compared."""
     root = find_model(model, KIND)
     card = AdapterCard.model_validate(json.loads((root / CARD).read_bytes()))
-    return {**card.image, "adapter_sha256": sha256_of(root / WEIGHTS)}
+    trained = {} if card.base is None else {"trained_from": card.base["weights_sha256"]}
+    return {**card.image, **trained, "adapter_sha256": sha256_of(root / WEIGHTS)}
 
 
 # --- towers ---------------------------------------------------------------------------------------
 class ImageTowerConfig(Config):
-    """A frozen network for pictures, and the adapter on it."""
+    """A network for pictures, and the adapter on it; one that was trained with its network brings that along."""
 
     encoder: ImageEncoderConfig = ImageEncoderConfig()
     adapter: str | None = None                  # folder or artefact of finetune_attribute_adapter; None: frozen
@@ -246,7 +253,7 @@ class ImageTower:
         return self.adapt(self.encoder.encode_framed(framed))
 
     def adapt(self, vectors: Floats) -> Floats:
-        """Vectors of this tower from those of its frozen network (the `image_vectors` artefact), (N, D)."""
+        """Vectors of this tower from those of its network alone (the `image_vectors` artefact), (N, D)."""
         return vectors if self.adapter is None else self.adapter.adapt(vectors)
 
     def encode_texts(self, texts: Sequence[str]) -> Floats:
@@ -261,14 +268,16 @@ class ImageTower:
 
 
 def load_image_tower(config: ImageTowerConfig) -> ImageTower:
-    """The tower of `config`: its identity is the frozen network's, with the adapter's hash where there is one.
+    """The tower of `config`: its identity is the network's, with the adapter's hash where there is one.
 
     Errors: `EncoderError` for a network or an adapter that cannot be loaded, or that do not belong together.
     """
-    encoder = ImageEncoder(config.encoder)
     if config.adapter is None:
+        encoder = ImageEncoder(config.encoder)
         return ImageTower(encoder, None, encoder.identity, None)
     adapter = AttributeAdapter.load(config.adapter)
+    own = {} if adapter.card.base is None else {"model": adapter.card.image["model"], "pretrained": config.adapter}
+    encoder = ImageEncoder(config.encoder.replace(**own))
     if adapter.card.image != encoder.identity:
         raise EncoderError(f"adapter: {config.adapter} was trained on {adapter.card.image['model']} of other weights "
                            f"than this {config.encoder.model}; embed with the network that its card names")

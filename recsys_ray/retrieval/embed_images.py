@@ -69,7 +69,7 @@ def embed_images(config: EmbedImagesConfig) -> Artifact:
     `ValueError` when no picture could be read.
     """
     recipe = config.images.recipe()
-    encoder = config.encoder.replace(pretrained=_absolute(config.encoder.pretrained))
+    encoder = config.encoder.resolved()
     loaded = ImageEncoder(encoder)
     key = fingerprint({"stage": STAGE_VERSION, "encoder": loaded.identity, "dtype": encoder.dtype,
                        "images": config.images.model_dump(mode="json", exclude={"path"}),
@@ -103,11 +103,6 @@ def image_pieces(images: ImageTable) -> tuple[tuple[Piece, Recipe], ...]:
     """What a worker takes at a time, with how it is read."""
     recipe = images.recipe()
     return tuple((piece, recipe) for file in recipe.files for piece in pieces_of(file, PIECE_BYTES))
-
-
-def _absolute(pretrained: str | None) -> str | None:
-    """A file of weights by its absolute path: workers start in other directories."""
-    return str(Path(pretrained).resolve()) if pretrained and Path(pretrained).is_file() else pretrained
 
 
 class _PieceEmbedder:

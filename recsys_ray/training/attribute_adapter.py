@@ -6,12 +6,13 @@ only if it is of another group and is known to differ in what makes the row's pa
 own known negatives: so a known negative of one pair never is a false one of another.
 
 Every worker computes all columns and the losses of its own rows. A head is cheap, so this costs less than sending
-vectors, and the gradients of the workers add up to exactly those of one.
+vectors, and the gradients of the workers add up to exactly those of one. Where the network below is trained, too
+(`tower`), the workers share its pictures and send vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -20,12 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from recsys_ray.config import Config, ConfigError, fingerprint
 from recsys_ray.data.attribute_pair_data import GroupSplit
 from recsys_ray.evaluation.attributes import attribute_figures
 from recsys_ray.models.attribute_adapter import AdapterCard, AttributeAdapter, HeadConfig
+from recsys_ray.models.image_encoder import ImageEncoder
 from recsys_ray.runtime import RayConfig
 from recsys_ray.training.attribute_data import ATTRIBUTES, Items, Pairs
 from recsys_ray.training.attribute_gate import SliceGateConfig
@@ -36,11 +38,15 @@ from recsys_ray.training.distributed import rank, sum_over_workers, world_size
 from recsys_ray.training.loop import LoopConfig, Task
 from recsys_ray.training.losses import attribute_cross_entropy, info_nce, known_to_differ, same_key, scores
 from recsys_ray.training.optim import OptimConfig
+from recsys_ray.training.tower import TowerConfig, TowerPass, TrainedTower
+from recsys_ray.training.tower_pictures import Pictures
 
 STAGE_VERSION = 1       # raise it when the same inputs would give another adapter
 OBJECTIVE = "attributes@10"
 
+Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Lookup = Callable[[Ints], Tensor]       # places of pictures -> their vectors by the tower, (N, D)
 
 
 class AdapterLossConfig(Config):
@@ -81,6 +87,7 @@ class FinetuneAttributeAdapterConfig(LoopConfig):
     clip_texts: ClipTexts | None = None     # or by the text tower of the pictures' own network; neither: pictures alone
     output: Path                            # artefact root of the adapter
     head: HeadConfig = HeadConfig()
+    tower: TowerConfig | None = None        # how the network of the pictures is trained; None: it is frozen
     loss: AdapterLossConfig = AdapterLossConfig()
     sampler: BalancedConfig = BalancedConfig()
     validation: MiniValidation = MiniValidation()
@@ -111,9 +118,11 @@ class FinetuneAttributeAdapterConfig(LoopConfig):
     def key(self, inputs: Mapping[str, str]) -> str:
         """What the run is known by: everything that decides the trained weights; `inputs` are fingerprints."""
         away = {"vectors", "attributes", "pairs", "embeddings", "clip_texts", "output", "gate", "force", "workers",
-                "ray", "trackers", "checkpoint_every"}
+                "ray", "trackers", "checkpoint_every", "tower"}
+        tower = {} if self.tower is None else {"tower": self.tower.model_dump(
+            mode="json", exclude={"images", "encoder", "at_once"})}     # those are the vectors' own
         return fingerprint({"stage": STAGE_VERSION, "inputs": dict(inputs),
-                            "config": self.model_dump(mode="json", exclude=away)})
+                            "config": self.model_dump(mode="json", exclude=away) | tower})
 
 
 @dataclass(frozen=True)
@@ -124,8 +133,9 @@ class AdapterData:
     train: Ints             # places among the items
     valid: Ints
     pairs: Pairs            # of train pictures alone
-    image: dict[str, Any]   # identity of the frozen tower
+    image: dict[str, Any]   # identity of the tower that the vectors are of
     text: dict[str, Any] | None = None
+    pictures: Pictures | None = None    # of a tower that is trained: those of train and valid
 
 
 @dataclass
@@ -135,6 +145,7 @@ class AdapterTask:
     config: FinetuneAttributeAdapterConfig
     model: AttributeAdapter
     data: AdapterData
+    tower: TrainedTower | None = None
 
     def __post_init__(self) -> None:
         """Draw the batches and the validation."""
@@ -148,23 +159,34 @@ class AdapterTask:
         random = np.random.default_rng([self.config.seed, 1])
         judged = random.permutation(self.data.valid)[:self.config.validation.items]
         self.judged, self.asked = items.take(judged), np.arange(min(len(judged), self.config.validation.queries))
+        self.judged_places = judged
+        self.trained = self.model if self.tower is None else nn.ModuleDict({
+            "adapter": self.model, "tower": self.tower.network})
 
     def task(self) -> Task:
         """What the loop runs."""
-        return Task(model=self.model, batches_per_epoch=self.sampler.steps_per_epoch, backward=self.backward,
+        rates = {} if self.config.tower is None else {
+            "tower.": self.config.tower.learning_rate / self.config.optim.learning_rate}
+        return Task(model=self.trained, batches_per_epoch=self.sampler.steps_per_epoch, backward=self.backward,
                     evaluate=self.evaluate if len(self.judged) > 1 else None, objective=OBJECTIVE,
-                    begin=lambda number: None)
+                    begin=lambda number: None, rates=rates)
 
     def backward(self, number: int, scale: float) -> Mapping[str, float]:
         """Add the gradients of a batch, summed over workers; returns the figures of the whole batch."""
         batch = self.sampler.batch(number)
-        parts = self.losses(number, batch, batch[rank()::world_size()], np.arange(len(batch))[rank()::world_size()])
+        passed = None if self.tower is None else TowerPass(self.tower, self.pictured(number, batch))
+        parts = self.losses(number, batch, batch[rank()::world_size()], np.arange(len(batch))[rank()::world_size()],
+                            None if passed is None else passed.take)
         weights = {"attributes": self.config.loss.attributes, "image": self.config.loss.image,
                    "text": self.config.loss.text, "fused": self.config.loss.fused}
         figures = {f"loss_{name}": each.sum() / len(batch) for name, each in parts.items() if name in weights}
         loss = torch.stack([weights[name.removeprefix("loss_")] * one for name, one in figures.items()]).sum()
         trained = [one for one in self.model.parameters() if one.requires_grad]
-        found = torch.autograd.grad(loss * scale, trained, allow_unused=True)
+        found = list(torch.autograd.grad(loss * scale, [*trained, *([] if passed is None else [passed.vectors_UD])],
+                                         allow_unused=True))
+        if passed is not None and self.tower is not None:
+            found[-1:] = passed.gradients(found[-1])
+            trained += self.tower.weights
         flat = sum_over_workers(torch.cat([torch.zeros_like(one).reshape(-1) if own is None else own.reshape(-1)
                                            for one, own in zip(trained, found, strict=True)]))
         for one, part in zip(trained, torch.split(flat, [one.numel() for one in trained]), strict=True):
@@ -174,19 +196,28 @@ class AdapterTask:
         weight = {} if self.texts is None else {"image_weight": float(self.model.image_weight().detach())}
         return {**dict(zip(told, summed.tolist(), strict=True)), **weight, **self.sampler.shares(batch)}
 
-    def losses(self, number: int, batch: Ints, own: Ints, seats: Ints) -> dict[str, Tensor]:
+    def pictured(self, number: int, batch: Ints) -> Ints:
+        """The places of all pictures that the losses of a batch are of, sorted, none twice."""
+        anchors = self.data.pairs.anchors[batch]
+        return np.unique(np.concatenate([anchors, self.data.pairs.others[batch],
+                                         self.known_negatives(number, anchors)[0]]))
+
+    def losses(self, number: int, batch: Ints, own: Ints, seats: Ints, vectors: Lookup | None = None
+               ) -> dict[str, Tensor]:
         """The parts of the loss for a worker's own pairs (M,), which sit at `seats` of the batch; and the share masked.
 
-        Columns are the positives of the whole batch, then the known negatives of its anchors.
+        Columns are the positives of the whole batch, then the known negatives of its anchors. `vectors` are the
+        pictures' by the tower; None: those it had when it was frozen.
         """
+        vectors = vectors or (lambda places: self.vectors[places])
         pairs, model, temperature = self.data.pairs, self.model, self.config.loss.temperature
         hard, owners = self.known_negatives(number, pairs.anchors[batch])
         anchors, others = pairs.anchors[own], pairs.others[own]
         columns, of_text = np.concatenate([pairs.others[batch], hard]), np.concatenate([pairs.anchors[batch], hard])
         seat = torch.from_numpy(seats).to(self.vectors.device)
         allowed = self.allowed(anchors, others, columns, owners, seats)
-        images_D = self.noisy(number, 0, pairs.anchors[batch])
-        image_MD, image_CD = model.image(images_D[seat]), model.image(self.noisy(number, 1, columns))
+        images_D = self.noisy(number, 0, vectors(pairs.anchors[batch]))
+        image_MD, image_CD = model.image(images_D[seat]), model.image(self.noisy(number, 1, vectors(columns)))
         found = {"image": info_nce(scores(image_MD, image_CD, "dot"), seat, temperature, allowed),
                  "masked": image_MD.new_zeros(()) if allowed is None else (~allowed).float().mean(dim=1)}
         if self.config.loss.attributes:
@@ -196,7 +227,7 @@ class AdapterTask:
             return found
         there_M = (self.texts[anchors] != 0).any(dim=1)
         text_MD, text_CD = self.text_of(anchors), self.text_of(columns)
-        pictures_CD = model.image(self.noisy(number, 2, of_text))
+        pictures_CD = model.image(self.noisy(number, 2, vectors(of_text)))
         by_text = self.allowed(anchors, anchors, of_text, owners, seats)
         found["text"] = torch.where(there_M, info_nce(scores(text_MD, pictures_CD, "dot"), seat, temperature, by_text),
                                     0.0)
@@ -204,9 +235,8 @@ class AdapterTask:
                                   temperature, allowed)
         return found
 
-    def noisy(self, number: int, part: int, places: Ints) -> Tensor:
-        """Frozen vectors of pictures with this batch's noise, (N, D), the same on every worker."""
-        vectors_ND = self.vectors[places]
+    def noisy(self, number: int, part: int, vectors_ND: Tensor) -> Tensor:
+        """The tower's vectors of pictures with this batch's noise, (N, D), the same on every worker."""
         if not self.noise:
             return vectors_ND
         random = torch.Generator().manual_seed((self.config.seed << 32) + 3 * number + part)
@@ -242,7 +272,8 @@ class AdapterTask:
 
     def evaluate(self) -> Mapping[str, float]:
         """Shares of the first ten that have the query's attribute, pictures finding pictures and texts finding them."""
-        pictures, rows = self.model.adapt(self.judged.vectors), self.judged.rows
+        frozen = self.judged.vectors if self.tower is None else self.tower.vectors(self.judged_places)
+        pictures, rows = self.model.adapt(frozen), self.judged.rows
         asked = rows.take(self.asked)
         found = mean_figures(attribute_figures(pictures[self.asked], asked, pictures, rows))
         if not found:
@@ -270,4 +301,11 @@ def build_task(config: FinetuneAttributeAdapterConfig, data: AdapterData) -> Ada
     if config.head.start == "identity":
         model.start(torch.from_numpy(known.vectors), torch.from_numpy(known.codes),
                     None if known.texts is None else torch.from_numpy(known.texts))
-    return AdapterTask(config, model.to("cuda" if config.workers.gpus else "cpu"), data)
+    return AdapterTask(config, model.to("cuda" if config.workers.gpus else "cpu"), data, build_tower(config, data))
+
+
+def build_tower(config: FinetuneAttributeAdapterConfig, data: AdapterData) -> TrainedTower | None:
+    """The network of the pictures where it is trained; None where it is frozen."""
+    if config.tower is None or config.tower.encoder is None or data.pictures is None:
+        return None
+    return TrainedTower(config.tower, ImageEncoder(config.tower.encoder), data.pictures)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from recsys_ray import runtime
 from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, sweep_staging, write_text
+from recsys_ray.config import ConfigError
 from recsys_ray.data.attribute_pair_data import GroupSplit
 from recsys_ray.evaluation.gate import GateError
 from recsys_ray.models.attribute_adapter import KIND, AttributeAdapter, adapter_identity
+from recsys_ray.models.image_encoder import ImageEncoder
 from recsys_ray.training.attribute_adapter import (
     OBJECTIVE,
     AdapterData,
@@ -23,7 +26,7 @@ from recsys_ray.training.attribute_adapter import (
     FinetuneAttributeAdapterConfig,
     build_task,
 )
-from recsys_ray.training.attribute_data import Items, Pairs, label_pairs, read_items, split_places
+from recsys_ray.training.attribute_data import Floats, Items, Pairs, label_pairs, read_items, split_places
 from recsys_ray.training.attribute_gate import SliceVerdicts, judge_slices, judge_texts, require_alignment
 from recsys_ray.training.clip_texts import clip_text_vectors
 from recsys_ray.training.distributed import rank
@@ -31,6 +34,7 @@ from recsys_ray.training.encoder_run import RESULT, log_outcome, model_files, pa
 from recsys_ray.training.launch import run_workers
 from recsys_ray.training.loop import Loop, Progress, Report, RunFiles, best_weights
 from recsys_ray.training.model_card import adapter_card
+from recsys_ray.training.tower_pictures import open_pictures
 from recsys_ray.training.trackers import read_curve
 
 log = logging.getLogger(__name__)
@@ -46,9 +50,9 @@ def finetune_attribute_adapter(config: FinetuneAttributeAdapterConfig) -> Artifa
     and trained with intervals, slice by slice) and metrics.jsonl (the curve).
 
     Facts: adapter (identity), steps, best_step, best_value, base_value (of the frozen model), objective, pictures,
-    pairs (by kind), slices (by their verdict beside the frozen model), forced. A killed run continues when the same
-    configuration is run again. Errors: `GateError` when a declared slice is decidably below the frozen model;
-    `ValueError` when attributes and pictures do not belong together.
+    pairs (by kind), tower (full, lora or null), slices (by their verdict beside the frozen model), forced. A killed
+    run continues when the same configuration is run again. Errors: `GateError` when a declared slice is decidably
+    below the frozen model; `ValueError` when attributes and pictures do not belong together.
     """
     if config.workers.count == 0:
         return finetune_here(config)
@@ -73,10 +77,13 @@ def _finetune(given: FinetuneAttributeAdapterConfig, report: Report | None) -> A
     if (done := find_artifact(config.output, KIND, key)) is not None:
         log.info("%s is up to date", done.manifest.reference)
         return done
+    if config.tower is not None:
+        config = config.replace(tower=config.tower.completed(inputs["vectors"].manifest.config, config.workers.gpus))
     data = read_data(config, inputs)
     require_alignment(data.items, config.seed)
     with stage(config.output, KIND, key) as staging:
         sweep_staging(config.output, key)
+        data = with_pictures(config, data, staging.path)
         if config.workers.count == 0:
             use_threads(config.workers)
             train_worker(config, data, staging.path, key, report)
@@ -84,7 +91,7 @@ def _finetune(given: FinetuneAttributeAdapterConfig, report: Report | None) -> A
             versions = {name: one.manifest.version for name, one in inputs.items()}
             run_workers(_worker, {"config": config.model_dump(mode="json"), "staging": str(staging.path),
                                   "versions": versions, "key": key}, config.workers, staging.path)
-        return _publish(given, staging, inputs, data)
+        return _publish(config, given, staging, inputs, data)
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -94,7 +101,8 @@ def _worker(settings: dict[str, Any]) -> None:
     use_threads(config.workers)
     inputs = {name: open_artifact(getattr(config, name), KINDS[name], version)
               for name, version in settings["versions"].items()}
-    train_worker(config, read_data(config, inputs), Path(settings["staging"]), settings["key"])
+    data = with_pictures(config, read_data(config, inputs), Path(settings["staging"]))
+    train_worker(config, data, Path(settings["staging"]), settings["key"])
 
 
 def read_data(config: FinetuneAttributeAdapterConfig, inputs: Inputs) -> AdapterData:
@@ -112,6 +120,18 @@ def read_data(config: FinetuneAttributeAdapterConfig, inputs: Inputs) -> Adapter
                        inputs["vectors"].manifest.facts["encoder"], text)
 
 
+def with_pictures(config: FinetuneAttributeAdapterConfig, data: AdapterData, directory: Path) -> AdapterData:
+    """The same with the pictures of train and valid, where the tower is trained; they are kept in `directory`."""
+    tower = config.tower
+    if tower is None or tower.encoder is None or tower.images is None:
+        return data
+    encoder = ImageEncoder(tower.encoder)
+    if encoder.identity != data.image:
+        raise ConfigError(f"tower.encoder: {tower.encoder.model} of these weights is not the network of `vectors`")
+    places = np.concatenate([data.train, data.valid])
+    return replace(data, pictures=open_pictures(directory / "run", data.items, places, tower.images, encoder))
+
+
 def train_worker(config: FinetuneAttributeAdapterConfig, data: AdapterData, directory: Path, key: str,
                  report: Report | None = None) -> None:
     """Train, or go on with a run that was stopped; the first worker writes the adapter's folder into `directory`."""
@@ -126,22 +146,30 @@ def _write(config: FinetuneAttributeAdapterConfig, task: AdapterTask, files: Run
            progress: Progress) -> None:
     best = best_weights(files)
     if best is not None:
-        task.model.load_state_dict(best)
+        task.trained.load_state_dict(best)
     data = task.data
     values = asdict(progress) | {"pictures": {"train": len(data.train), "valid": len(data.valid)},
                                  "pairs": dict(Counter(data.pairs.kinds)), "attributes": {
                                      name: len(one) for name, one in data.items.values.items()}}
     readme = adapter_card(config, data.image, values, read_curve(files.curve))
-    write_model(directory, KIND, files, values, lambda folder: task.model.save(folder, readme))
+
+    def save(folder: Path) -> None:
+        if task.tower is not None:
+            task.model.card = task.model.card.on(task.tower.save(folder))
+        task.model.save(folder, readme)
+
+    write_model(directory, KIND, files, values, save)
 
 
-def _publish(config: FinetuneAttributeAdapterConfig, staging: Staging, inputs: Inputs, data: AdapterData) -> Artifact:
+def _publish(config: FinetuneAttributeAdapterConfig, given: FinetuneAttributeAdapterConfig, staging: Staging,
+             inputs: Inputs, data: AdapterData) -> Artifact:
     values: dict[str, Any] = json.loads((staging.path / RESULT).read_bytes())
     adapter = AttributeAdapter.load(str(staging.path / KIND))
     judged = data.items.take(data.valid)
-    verdicts = judge_slices(judged, adapter.adapt(judged.vectors), config.gate, config.seed)
+    adapted = adapter.adapt(_vectors(config, data, staging.path / KIND))
+    verdicts = judge_slices(judged, adapted, config.gate, config.seed)
     _require(verdicts, config)
-    boards = {"pictures": verdicts.board, "texts": _texts(config, adapter, judged)}
+    boards = {"pictures": verdicts.board, "texts": _texts(config, adapter, judged, adapted)}
     write_text(staging.path / SCOREBOARD, json.dumps(boards, indent=1, allow_nan=False) + "\n")
     steps = values["step"]
     facts = {
@@ -150,16 +178,26 @@ def _publish(config: FinetuneAttributeAdapterConfig, staging: Staging, inputs: I
         "best_value": values["best_value"], "base_value": values["base_value"], "stopped_early": values["stopped"],
         "learning_rate": config.optim.learning_rate, "seed": config.seed, "pictures": values["pictures"],
         "pairs": values["pairs"], "cpu_seconds": values["cpu_seconds"],
+        "tower": None if config.tower is None else config.tower.train,
         "slices": verdicts.as_dict(), "forced": config.force and bool(verdicts.names("worse"))}
     log_outcome(facts)
-    return staging.commit([*model_files(staging, KIND), staging.entry(SCOREBOARD)], config=config, facts=facts,
+    return staging.commit([*model_files(staging, KIND), staging.entry(SCOREBOARD)], config=given, facts=facts,
                           parents={name: one.manifest for name, one in inputs.items()})
 
 
-def _texts(config: FinetuneAttributeAdapterConfig, adapter: AttributeAdapter, judged: Items) -> dict[str, Any] | None:
+def _vectors(config: FinetuneAttributeAdapterConfig, data: AdapterData, folder: Path) -> Floats:
+    """Vectors of the judging pictures by the tower that the adapter in `folder` stands on, (N, D)."""
+    if config.tower is None or config.tower.encoder is None or data.pictures is None:
+        return data.items.vectors[data.valid]
+    trained = ImageEncoder(config.tower.encoder.replace(pretrained=str(folder)))
+    return trained.encode_framed(data.pictures.framed(data.valid))
+
+
+def _texts(config: FinetuneAttributeAdapterConfig, adapter: AttributeAdapter, judged: Items, adapted: Floats
+           ) -> dict[str, Any] | None:
     if judged.texts is None or len(judged) < 2:
         return None
-    return judge_texts(judged, adapter.adapt(judged.vectors), adapter.adapt(judged.texts, "text"), config.gate,
+    return judge_texts(judged, adapted, adapter.adapt(judged.texts, "text"), config.gate,
                        config.seed, judged.texts if adapter.card.shares_space else None)
 
 

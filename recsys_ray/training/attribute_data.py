@@ -42,6 +42,7 @@ class Items:
     codes: Ints                             # (N, A): the value of each attribute, -1 where unknown
     groups: Ints                            # (N,)
     texts: Floats | None = None             # (N, T): vectors of their products' texts, zeros where there is none
+    image_ids: pa.Array | None = None       # (N,): by which the pictures themselves are found again
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -50,7 +51,8 @@ class Items:
         """Some of the pictures; values and their codes stay."""
         return replace(self, vectors=self.vectors[places], rows=self.rows.take(pa.array(places)),
                        codes=self.codes[places], groups=self.groups[places],
-                       texts=None if self.texts is None else self.texts[places])
+                       texts=None if self.texts is None else self.texts[places],
+                       image_ids=None if self.image_ids is None else self.image_ids.take(pa.array(places)))
 
     @classmethod
     def of(cls, vectors: Floats, rows: pa.Table, texts: Floats | None = None) -> Self:
@@ -182,7 +184,7 @@ def read_items(vectors: Artifact, attributes: Artifact | None, embeddings: Artif
                           "give the attributes of their products")
     log.info("%d pictures of which something is known, %d left out", len(rows), len(said) - len(rows))
     texts = None if embeddings is None else text_vectors(embeddings, rows["product_id"].combine_chunks())
-    return Items.of(matrix(table["vector"]), rows, texts)
+    return replace(Items.of(matrix(table["vector"]), rows, texts), image_ids=table["image_id"].combine_chunks())
 
 
 def matrix(column: pa.ChunkedArray) -> Floats:

@@ -24,9 +24,7 @@ class ClipTexts(Config):
 
     def resolved(self) -> Self:
         """The same with absolute paths."""
-        given = self.encoder.pretrained
-        file = str(Path(given).resolve()) if given and Path(given).is_file() else given
-        return self.replace(prepared=self.prepared.resolve(), encoder=self.encoder.replace(pretrained=file))
+        return self.replace(prepared=self.prepared.resolve(), encoder=self.encoder.resolved())
 
 
 def clip_text_vectors(config: ClipTexts, pictures: Artifact, output: Path) -> Artifact:

@@ -60,6 +60,7 @@ class Task:
     begin: Callable[[int], None]                # told the batch number before each batch
     no_sync: NoSync = nullcontext              # held where gradients of workers are not yet to be averaged
     half: bool = False                          # products in float16: the loss is scaled
+    rates: Mapping[str, float] = field(default_factory=dict)    # beginning of parameters' names -> factor of their rate
 
 
 @dataclass
@@ -106,7 +107,7 @@ class Loop:
         """`name` and `parameters` are for trackers; `report` is told each evaluation, on the first worker."""
         self.task, self.config, self.files, self.report = task, config, files, report
         self.device = next(task.model.parameters()).device
-        self.optimizer = build_optimizer(task.model, config.optim)
+        self.optimizer = build_optimizer(task.model, config.optim, task.rates)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=task.half)
         steps = max(1, round(config.epochs * task.batches_per_epoch / config.accumulate))
         self.total_steps = min(steps, config.max_steps or steps)

@@ -191,13 +191,13 @@ tags: [fashion, image-retrieval, attributes]
 
 # Pictures of like attributes close together: an adapter on {base}
 
-A residual head on frozen vectors; {attributes} values. Untrained it changes nothing.
+A residual head on the network's vectors; {attributes} values. Untrained it changes nothing.
 
 ```python
 from recsys_ray.models.attribute_adapter import ImageTowerConfig, load_image_tower
 
 tower = load_image_tower(ImageTowerConfig(adapter="path/to/this/folder"))
-vectors = tower.encode(pictures)        # or tower.adapt(vectors) of the frozen network
+vectors = tower.encode(pictures)        # or tower.adapt(vectors) of the network alone
 ```
 
 ## Training
@@ -220,12 +220,13 @@ Attributes were read from the products' words, so these are shares of what shops
 
 def adapter_card(config: FinetuneAttributeAdapterConfig, image: Mapping[str, Any], values: Mapping[str, Any],
                  curve: Sequence[Mapping[str, Any]]) -> str:
-    """The card of an adapter's run: `image` is the frozen tower's identity, `values` progress and counts."""
+    """The card of an adapter's run: `image` is the identity of the tower at the start, `values` progress and counts."""
     losses = [line["loss"] for line in curve if line.get("loss") is not None]
     tenth, optim, loss = max(1, len(losses) // 10), config.optim, config.loss
     weighed = {name: getattr(loss, name) for name in ("image", "text", "fused", "attributes")}
     settings = {
-        "head": f"{config.head.kind}, {config.head.start} at the start", "temperature, kept": f"{loss.temperature:g}",
+        "network": _tower(config), "head": f"{config.head.kind}, {config.head.start} at the start",
+        "temperature, kept": f"{loss.temperature:g}",
         "loss": ", ".join(f"{name} {weight:g}" for name, weight in weighed.items()),
         "attributes that count more": ", ".join(f"{name} {one:g}" for name, one in loss.attribute_weights.items()),
         "boosts": config.sampler.boosts or "none", "caps": config.sampler.caps or "none",
@@ -239,6 +240,14 @@ def adapter_card(config: FinetuneAttributeAdapterConfig, image: Mapping[str, Any
         sha=git_sha(), settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         first_loss=_mean(losses[:tenth]), last_loss=_mean(losses[-tenth:]),
         validation=_validation("Pictures of the validation split against each other", "attributes@10", values, curve))
+
+
+def _tower(config: FinetuneAttributeAdapterConfig) -> str:
+    tower = config.tower
+    if tower is None:
+        return "frozen"
+    what = "all weights" if tower.train == "full" else f"LoRA of rank {tower.lora.rank}, merged"
+    return f"trained: {what}, learning rate {tower.learning_rate:g}"
 
 
 def _base(model: str) -> str:

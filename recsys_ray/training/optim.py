@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from recsys_ray.config import Config
+
+FACTOR = "factor"   # of the learning rate, in the groups of an optimizer
 
 
 class OptimConfig(Config):
@@ -25,11 +27,19 @@ class OptimConfig(Config):
     max_grad_norm: float | None = Field(default=1.0, gt=0)  # longer gradients are cut; None: never
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) over the parameters that have a gradient."""
-    trained = [one for one in model.parameters() if one.requires_grad]
-    groups = [{"params": [one for one in trained if one.ndim >= 2], "weight_decay": config.weight_decay},
-              {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0}]
+def build_optimizer(model: nn.Module, config: OptimConfig, rates: Mapping[str, float] | None = None
+                    ) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) over the parameters that have a gradient.
+
+    `rates` are factors of the learning rate of the parameters whose names begin so; all others have 1.
+    """
+    groups: list[dict[str, Any]] = []
+    left = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    for prefix, factor in {**(rates or {}), "": 1.0}.items():
+        own = [left.pop(name) for name in list(left) if name.startswith(prefix)]
+        extra = {FACTOR: factor} if prefix else {}
+        groups += [{"params": [one for one in own if one.ndim >= 2], "weight_decay": config.weight_decay, **extra},
+                   {"params": [one for one in own if one.ndim < 2], "weight_decay": 0.0, **extra}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate,
                              betas=config.betas, eps=config.epsilon, fused=True)
 
@@ -45,9 +55,9 @@ def rate_at(progress: float, config: OptimConfig) -> float:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of the optimizer this learning rate."""
+    """Give every group of the optimizer this learning rate, times the factor of its own."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(FACTOR, 1.0)
 
 
 def clip(parameters: Iterable[Tensor], longest: float | None) -> float:

@@ -36,6 +36,16 @@ def test_only_matrices_decay_and_frozen_ones_are_left_out() -> None:
     assert {group["lr"] for group in optimizer.param_groups} == {0.25}
 
 
+def test_a_part_of_a_model_has_a_rate_of_its_own() -> None:
+    model = nn.ModuleDict({"head": nn.Linear(3, 2), "tower": nn.Linear(3, 3)})
+    optimizer = build_optimizer(model, OptimConfig(), {"tower.": 0.01})
+    set_rate(optimizer, 0.5)
+    rates = {id(one): group["lr"] for group in optimizer.param_groups for one in group["params"]}
+    assert {rates[id(one)] for one in model["head"].parameters()} == {0.5}
+    assert {rates[id(one)] for one in model["tower"].parameters()} == {0.005}
+    assert len(rates) == 4
+
+
 def test_long_gradients_are_cut_and_short_ones_are_left() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     for longest, wanted in ((1.0, [0.6, 0.8]), (10.0, [3.0, 4.0]), (None, [3.0, 4.0])):
