@@ -60,6 +60,7 @@ class EvaluateAttributesConfig(EvaluationConfig):
     vectors: Path                               # artefact of embed_images: the frozen model
     attributes: Path | None = None              # artefact of label_attributes; None: a picture's label is its kind
     adapter: Path | None = None                 # artefact of finetune_attribute_adapter; None: the frozen model alone
+    trained: Path | None = None                 # artefact of embed_images by the adapter's network, if that was trained
     texts: Path | None = None                   # artefact of embed: products' texts, for an adapter that reads them
     images: ImageTable | None = None            # pictures for the page; None: where the vectors were made from
     split: GroupSplit | None = None             # None: the adapter's own, or the default shares
@@ -80,6 +81,8 @@ class EvaluateAttributesConfig(EvaluationConfig):
     def _consistent(self) -> Self:
         if self.texts is not None and self.adapter is None:
             raise ValueError("texts are read by an adapter: give adapter, or leave texts out")
+        if self.trained is not None and self.adapter is None:
+            raise ValueError("trained: are vectors by an adapter's own network: give adapter, or leave them out")
         return self
 
 
@@ -105,7 +108,8 @@ def evaluate_attributes(config: EvaluateAttributesConfig) -> Artifact:
     Facts: name, systems, gate (of pictures by pictures), targets, counts. Errors: `AttributeMetricError` for rows that
     do not belong to their vectors, `SliceError` for a declared slice that no query is in.
     """
-    kinds = {"vectors": IMAGES_KIND, "attributes": ATTRIBUTES_KIND, "adapter": ADAPTER_KIND, "texts": TEXTS_KIND}
+    kinds = {"vectors": IMAGES_KIND, "attributes": ATTRIBUTES_KIND, "adapter": ADAPTER_KIND, "texts": TEXTS_KIND,
+             "trained": IMAGES_KIND}
     inputs = {name: open_artifact(path, kind) for name, kind in kinds.items()
               if (path := getattr(config, name)) is not None}
     key = fingerprint({"code": CODE_VERSION, "config": config.model_dump(mode="json", exclude={"output", "task"}),
@@ -170,10 +174,12 @@ def _tasks(config: EvaluateAttributesConfig, inputs: Mapping[str, Artifact], ite
         return [_task("image -> image", asked, vectors, vectors, items)]
     from recsys_ray.models.attribute_adapter import AttributeAdapter
 
-    adapter = AttributeAdapter.load(str(config.adapter))
-    if adapter.card.image != inputs["vectors"].manifest.facts["encoder"]:
-        raise AttributeMetricError(f"{config.adapter}: is an adapter of another network than that of {config.vectors}")
-    vectors["adapted"] = adapter.adapt(items.vectors)
+    adapter, own = AttributeAdapter.load(str(config.adapter)), inputs.get("trained", inputs["vectors"])
+    if adapter.card.image != own.manifest.facts["encoder"]:
+        raise AttributeMetricError(f"{config.adapter}: is an adapter of another network than that of {own.path}" + (
+            "" if adapter.card.base is None else f"; it was trained with its network: embed the pictures with "
+            f"encoder.pretrained={config.adapter}, too, and give those vectors as `trained`"))
+    vectors["adapted"] = adapter.adapt(items.vectors if "trained" not in inputs else _same_pictures(items, own))
     tasks = [_task("image -> image", asked, vectors, vectors, items)]
     if items.texts is not None:
         with_text = asked[np.abs(items.texts[asked]).sum(axis=1) > 0]
@@ -182,6 +188,17 @@ def _tasks(config: EvaluateAttributesConfig, inputs: Mapping[str, Artifact], ite
             queries = {"frozen": items.texts, **queries}
         tasks.append(_task("text -> image", with_text, queries, vectors, items))
     return tasks
+
+
+def _same_pictures(items: Items, trained: Artifact) -> npt.NDArray[np.float32]:
+    """The vectors of the items' pictures in another artefact, (N, D), in the items' order."""
+    from recsys_ray.training.attribute_data import matrix
+
+    table = pa.concat_tables(trained.tables("vectors/", ["image_id", "vector"]))
+    places = pc.index_in(items.image_ids, value_set=table["image_id"].combine_chunks())
+    if places.null_count:
+        raise AttributeMetricError(f"{trained.path}: lacks {places.null_count} of the pictures; embed the same ones")
+    return matrix(table["vector"].take(places))
 
 
 def _task(name: str, asked: npt.NDArray[np.int64], queries: Mapping[str, Vectors], vectors: Mapping[str, Vectors],

@@ -119,6 +119,29 @@ def test_a_collapsed_adapter_is_refused_by_the_gate(tmp_path: Path) -> None:
     assert rows["category2"]["trained"]["mean"] == pytest.approx(rows["category2"]["chance"]["mean"], abs=0.02)
 
 
+def test_an_adapter_with_its_own_network_stands_beside_the_frozen_one(tmp_path: Path) -> None:
+    """Its pictures were embedded again, in another order, by a network that knows kinds perfectly."""
+    inputs = write(tmp_path)
+    kinds = pq.read_table(next((tmp_path / "attributes").rglob("attributes.parquet")))["category2"].to_pylist()
+    network, order = {**ENCODER, "weights_sha256": "trained"}, np.random.default_rng(1).permutation(COUNT)
+    vectors = np.eye(DIMENSION, dtype=np.float32)[[KINDS.index(kinds[at]) for at in order]]
+    table = pa.table({"image_id": [f"p{at:03d}.jpg" for at in order], "vector": pa.FixedSizeListArray.from_arrays(
+        pa.array(vectors.reshape(-1)), DIMENSION)})
+    with stage(tmp_path / "trained", "image_vectors", "t") as staging:
+        staging.commit([staging.write_table("vectors/part-00000.parquet", conform(
+            table, vector_schema(DIMENSION), "vectors"))], facts={"encoder": network}, config=Config())
+    card = AdapterCard(image=ENCODER, attributes={"neckline": ("crew", "v neck")}).on(network)
+    with stage(tmp_path / "adapter", "attribute_adapter", "y") as staging:
+        AttributeAdapter(card).save(staging.path / "attribute_adapter")
+        staging.commit([staging.entry(f"attribute_adapter/{name}") for name in ("adapter.safetensors", "adapter.json")],
+                       config=_Split(split={"train": 0.2, "valid": 0.1, "seed": 7}))
+    with pytest.raises(AttributeMetricError, match="give those vectors as `trained`"):
+        run(tmp_path, inputs)
+    _, document = run(tmp_path, inputs, trained=tmp_path / "trained")
+    row = next(one for one in document["tasks"][0]["rows"] if one["slice"] == "category2")
+    assert row["trained"]["mean"] == 1.0 > row["frozen"]["mean"]
+
+
 def test_the_frozen_model_alone_stands_beside_chance(tmp_path: Path) -> None:
     inputs = {**write(tmp_path), "adapter": None}
     _, document = run(tmp_path, inputs, part="all", slices=["neckline=crew"], shown_slices=1)
