@@ -343,6 +343,16 @@ def test_finetune_attribute_adapter() -> None:
     assert adapter.parents["attributes"] == manifest("attributes", "attributes").reference
 
 
+def test_evaluate_attributes() -> None:
+    """Of the pictures that the adapter was made from, all: the small shop's test part has too few of a kind."""
+    test_finetune_attribute_adapter()
+    assert run_job("evaluate", f"vectors={DEMO}/pictured-vectors", "part=all", "shown_slices=1",
+                   config="attributes") == 0
+    evaluation = manifest("evaluation/attributes", "attribute_evaluation")
+    assert evaluation.facts["systems"] == ["frozen", "adapted"]
+    assert evaluation.parents["adapter"] == manifest("attribute-adapter", "attribute_adapter").reference
+
+
 def test_make_attribute_pairs() -> None:
     """Mined in texts: the small shop has too few pictures to pair."""
     assert run_job("label_attributes") == 0
