@@ -71,8 +71,10 @@ class AdapterLossConfig(Config):
 
 
 class MiniValidation(Config):
-    """The catalogue that is searched during training."""
+    """The catalogue that is searched during training, to choose the step."""
 
+    # of the valid split's groups; the gate judges by the others, which chose nothing. 1: all of them do both
+    share: float = Field(default=0.5, gt=0, le=1)
     items: int = Field(default=5000, ge=2)
     queries: int = Field(default=500, ge=1)
 
@@ -131,11 +133,17 @@ class AdapterData:
 
     items: Items
     train: Ints             # places among the items
-    valid: Ints
+    valid: Ints             # those that choose the step
     pairs: Pairs            # of train pictures alone
     image: dict[str, Any]   # identity of the tower that the vectors are of
     text: dict[str, Any] | None = None
-    pictures: Pictures | None = None    # of a tower that is trained: those of train and valid
+    judges: Ints | None = None          # those that the gate goes by; None: those that choose the step
+    pictures: Pictures | None = None    # of a tower that is trained: all of these
+
+    @property
+    def judging(self) -> Ints:
+        """The places of the pictures that the gate goes by."""
+        return self.valid if self.judges is None else self.judges
 
 
 @dataclass

@@ -26,7 +26,7 @@ from recsys_ray.training.attribute_adapter import (
     FinetuneAttributeAdapterConfig,
     build_task,
 )
-from recsys_ray.training.attribute_data import Floats, Items, Pairs, label_pairs, read_items, split_places
+from recsys_ray.training.attribute_data import Floats, Items, Pairs, halves, label_pairs, read_items, split_places
 from recsys_ray.training.attribute_gate import SliceVerdicts, judge_slices, judge_texts, require_alignment
 from recsys_ray.training.clip_texts import clip_text_vectors
 from recsys_ray.training.distributed import rank
@@ -108,27 +108,29 @@ def _worker(settings: dict[str, Any]) -> None:
 def read_data(config: FinetuneAttributeAdapterConfig, inputs: Inputs) -> AdapterData:
     """What the artefacts hold, split by groups."""
     items = read_items(inputs["vectors"], inputs.get("attributes"), inputs.get("embeddings"))
-    split = split_places(items, config.split if "pairs" not in inputs else
-                         GroupSplit.model_validate(inputs["pairs"].manifest.facts["split"]))
+    shares = config.split if "pairs" not in inputs else GroupSplit.model_validate(
+        inputs["pairs"].manifest.facts["split"])
+    split = split_places(items, shares)
+    valid, judges = halves(items, split["valid"], config.validation.share, shares.seed)
     if "pairs" in inputs:
         table = pa.concat_tables(inputs["pairs"].tables("pairs/train"))
         pairs = Pairs.of(table, items, config.seed)
     else:
         pairs = label_pairs(items, config.seed)
     text = inputs["embeddings"].manifest.facts["encoder"] if "embeddings" in inputs else None
-    return AdapterData(items, split["train"], split["valid"], pairs.within(split["train"], len(items)),
-                       inputs["vectors"].manifest.facts["encoder"], text)
+    return AdapterData(items, split["train"], valid, pairs.within(split["train"], len(items)),
+                       inputs["vectors"].manifest.facts["encoder"], text, judges)
 
 
 def with_pictures(config: FinetuneAttributeAdapterConfig, data: AdapterData, directory: Path) -> AdapterData:
-    """The same with the pictures of train and valid, where the tower is trained; they are kept in `directory`."""
+    """The same with the pictures of all but the test split, where the tower is trained; kept in `directory`."""
     tower = config.tower
     if tower is None or tower.encoder is None or tower.images is None:
         return data
     encoder = ImageEncoder(tower.encoder)
     if encoder.identity != data.image:
         raise ConfigError(f"tower.encoder: {tower.encoder.model} of these weights is not the network of `vectors`")
-    places = np.concatenate([data.train, data.valid])
+    places = np.concatenate([data.train, data.valid, data.judging])
     return replace(data, pictures=open_pictures(directory / "run", data.items, places, tower.images, encoder))
 
 
@@ -148,7 +150,8 @@ def _write(config: FinetuneAttributeAdapterConfig, task: AdapterTask, files: Run
     if best is not None:
         task.trained.load_state_dict(best)
     data = task.data
-    values = asdict(progress) | {"pictures": {"train": len(data.train), "valid": len(data.valid)},
+    values = asdict(progress) | {"pictures": {"train": len(data.train), "valid": len(data.valid),
+                                              "gate": len(data.judging)},
                                  "pairs": dict(Counter(data.pairs.kinds)), "attributes": {
                                      name: len(one) for name, one in data.items.values.items()}}
     readme = adapter_card(config, data.image, values, read_curve(files.curve))
@@ -165,7 +168,7 @@ def _publish(config: FinetuneAttributeAdapterConfig, given: FinetuneAttributeAda
              inputs: Inputs, data: AdapterData) -> Artifact:
     values: dict[str, Any] = json.loads((staging.path / RESULT).read_bytes())
     adapter = AttributeAdapter.load(str(staging.path / KIND))
-    judged = data.items.take(data.valid)
+    judged = data.items.take(data.judging)
     adapted = adapter.adapt(_vectors(config, data, staging.path / KIND))
     verdicts = judge_slices(judged, adapted, config.gate, config.seed)
     _require(verdicts, config)
@@ -188,9 +191,9 @@ def _publish(config: FinetuneAttributeAdapterConfig, given: FinetuneAttributeAda
 def _vectors(config: FinetuneAttributeAdapterConfig, data: AdapterData, folder: Path) -> Floats:
     """Vectors of the judging pictures by the tower that the adapter in `folder` stands on, (N, D)."""
     if config.tower is None or config.tower.encoder is None or data.pictures is None:
-        return data.items.vectors[data.valid]
+        return data.items.vectors[data.judging]
     trained = ImageEncoder(config.tower.encoder.replace(pretrained=str(folder)))
-    return trained.encode_framed(data.pictures.framed(data.valid))
+    return trained.encode_framed(data.pictures.framed(data.judging))
 
 
 def _texts(config: FinetuneAttributeAdapterConfig, adapter: AttributeAdapter, judged: Items, adapted: Floats

@@ -211,3 +211,12 @@ def split_places(items: Items, split: GroupSplit) -> dict[str, Ints]:
             zip(items.rows["group_key"].to_pylist(), items.rows["product_id"].to_pylist(), strict=True)]
     said = np.array([split_of_group(key, split.seed, split.train, split.valid) for key in keys], dtype=object)
     return {name: np.flatnonzero(said == name).astype(np.int64) for name in SPLITS}
+
+
+def halves(items: Items, places: Ints, share: float, seed: int) -> tuple[Ints, Ints]:
+    """(`share` of the groups among these pictures, the others): no group is on both sides. 1: all of them, twice."""
+    if share == 1:
+        return places, places
+    groups = np.random.default_rng([seed, 7]).permutation(np.unique(items.groups[places]))
+    first = np.isin(items.groups[places], groups[:round(share * len(groups))])
+    return places[first], places[~first]
