@@ -271,11 +271,15 @@ def _faults(config: JobConfig, valid: Items, seed: int) -> dict[str, Any]:
     two = adapted @ random.normal(size=(adapted.shape[1], 2)).astype(np.float32)
     caught = {"collapse to two dimensions": bool(judge_slices(
         valid, two / np.linalg.norm(two, axis=1, keepdims=True), settings.gate, seed).names("worse"))}
-    for name in settings.gate.slices or ():
-        attribute, _, value = name.partition("=")
-        if attribute != "material" or value not in valid.values.get("material", ()):
+    nothing_to_lose = []
+    for row in judge_slices(valid, adapted, settings.gate, seed).board["rows"]:
+        name = row["slice"]
+        if row["frozen"]["mean"] - row["chance"]["mean"] <= 2 * settings.gate.margin:
+            nothing_to_lose.append(name)    # it stands at chance: its collapse costs less than the gate can tell
             continue
-        own = np.flatnonzero(pc.equal(valid.rows[attribute], value).fill_null(False).to_numpy())
+        attribute, _, value = name.partition("=")
+        said = valid.rows[attribute]
+        own = np.flatnonzero((pc.equal(said, value).fill_null(False) if value else pc.is_valid(said)).to_numpy())
         broken = adapted.copy()
         broken[own] = adapted[random.integers(0, len(adapted), len(own))]
         caught[f"collapse of {name}"] = name in judge_slices(valid, broken, settings.gate, seed).names("worse")
@@ -285,7 +289,7 @@ def _faults(config: JobConfig, valid: Items, seed: int) -> dict[str, Any]:
         noticed = False
     except ValueError:
         noticed = True
-    return {"caught": caught, "shuffled_metadata_caught": noticed}
+    return {"caught": caught, "nothing_to_lose": nothing_to_lose, "shuffled_metadata_caught": noticed}
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def summary(cells: Cells, seeds: Sequence[int], weak: Sequence[str], rare: Seque
         "slices": [_line(name, slices, frozen, {row: gains[row][name] for row in recipes}) for name in slices],
         "chance": frozen["chance"], "declared slices beside the frozen network, planted truth": below,
         "gate, what words say": {name: cell["gate"] for name, cell in cells.items() if "gate" in cell},
-        "faults": {name: {key: cell[key] for key in ("caught", "shuffled_metadata_caught")}
+        "faults": {name: {key: cell[key] for key in ("caught", "nothing_to_lose", "shuffled_metadata_caught")}
                    for name, cell in cells.items() if "caught" in cell},
         "texts finding pictures": {name: cell["text"] for name, cell in cells.items() if "text" in cell},
         "trainings": {name: cell["training"] for name, cell in cells.items() if "training" in cell}}
