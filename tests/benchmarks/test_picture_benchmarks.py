@@ -35,7 +35,8 @@ def test_the_table_finds_what_was_gained_and_what_was_lost() -> None:
     trained = {"training": {}, "gate": [], "refused": False}
     cells = {"frozen/0": frozen, "ours/1": cell(0.1, noise, **trained), "source/1": cell(
         -0.1, noise, **{**trained, "refused": True}),
-        "faults/1": {"caught": {"collapse": True, "other": False}, "nothing_to_lose": [], "shuffled_metadata_caught": True}}
+        "faults/1": {"caught": {"collapse": True, "other": False}, "nothing_to_lose": [],
+                     "shuffled_metadata_caught": True}}
     headline, tables = import_module("attribute_adapter_table").summary(
         cells, (1,), ("cardigan",), ("denim", "leather"), SliceGateConfig())
     assert headline["neckline10_gain"] == pytest.approx(0.1)
