@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from recsys_ray.models.fronts import Fronts, places_of
+
 # Above this length the (tokens, tokens) scores of plain attention outgrow the cache and SDPA wins.
 PLAIN_ATTENTION_TOKENS = 512
 
@@ -58,40 +60,44 @@ class PackedBert:
                                  pair(f"{layer}.output.LayerNorm")))
 
     @torch.inference_mode()
-    def __call__(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None = None
-                 ) -> npt.NDArray[np.float32]:
+    def __call__(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None = None,
+                 fronts: Fronts | None = None) -> npt.NDArray[np.float32]:
         """Pooled vectors, float32 (N, D), of N tokenised texts sorted by length.
 
         `second`: of pairs of texts, the place where the second begins, for bodies that are told by a token type.
+        `fronts`: what stands in front of every text, (N x F, D): of each the first token's state.
         """
         if self.pooling == "cls":
-            pooled_ND = self._checked(token_ids, second, first_only=True).float()
+            pooled_ND = self._checked(token_ids, second, True, fronts).float()
         else:
             pooled_ND = self.pool(self.hidden_states(token_ids, second), token_ids)
         pooled: npt.NDArray[np.float32] = pooled_ND.cpu().numpy()
         return pooled
 
     @torch.inference_mode()
-    def hidden_states(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None = None) -> Tensor:
+    def hidden_states(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None = None,
+                      fronts: Fronts | None = None) -> Tensor:
         """The last layer's state of every token, (T, D), of N tokenised texts sorted by length, end to end."""
-        return self._checked(token_ids, second, first_only=False)
+        return self._checked(token_ids, second, False, fronts)
 
-    def _checked(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None, first_only: bool
-                 ) -> Tensor:
+    def _checked(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None, first_only: bool,
+                 fronts: Fronts | None) -> Tensor:
         # The bare exponential takes half the time of a softmax on a CPU. Where scores leave its range
         # (about +-88, far outside what trained models give) the result is NaN and the batch runs again.
         bare = self.device.type == "cpu" and self._words.dtype != torch.float16
-        hidden_TD = self._run(token_ids, second, bare, first_only)
+        hidden_TD = self._run(token_ids, second, bare, first_only, fronts)
         if bare and not torch.isfinite(hidden_TD).all():
-            hidden_TD = self._run(token_ids, second, False, first_only)
+            hidden_TD = self._run(token_ids, second, False, first_only, fronts)
         return hidden_TD
 
     def _run(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None, bare: bool,
-             first_only: bool) -> Tensor:
-        """The last layer's states of all tokens, (T, D), or of each text's first, (N, D)."""
+             first_only: bool, fronts: Fronts | None) -> Tensor:
+        """The last layer's states of all tokens, (T, D), or of the first of each text or front, (N x F, D)."""
         groups = _groups(token_ids)
+        masks = [None if fronts is None else fronts.mask(length).to(self.device, self._words.dtype)
+                 for _, length in groups]
         ids = torch.from_numpy(np.concatenate(token_ids)).to(self.device, non_blocking=True)
-        positions = torch.from_numpy(np.concatenate([np.arange(len(one), dtype=np.int32) for one in token_ids]))
+        positions = torch.from_numpy(np.concatenate([places_of(len(one), fronts) for one in token_ids]))
         hidden_TD = F.embedding(ids, self._words)
         hidden_TD = hidden_TD + F.embedding(positions.to(self.device) + self._first_position, self._positions)
         if second is not None:
@@ -100,9 +106,10 @@ class PackedBert:
         hidden_TD = self._norm(hidden_TD, self._first_norm)
         for number, (qkv, out, attention_norm, up, down, output_norm) in enumerate(self._layers, 1):
             if first_only and number == len(self._layers):  # what follows works on one row a text
-                hidden_TD, mixed_TD = _attend_first(hidden_TD, qkv, groups, self.heads)
+                firsts = [0] if fronts is None else fronts.firsts
+                hidden_TD, mixed_TD = _attend_first(hidden_TD, qkv, groups, self.heads, masks, firsts)
             else:
-                mixed_TD = _attend(F.linear(hidden_TD, *qkv), groups, self.heads, bare)
+                mixed_TD = _attend(F.linear(hidden_TD, *qkv), groups, self.heads, bare, masks)
             hidden_TD = self._norm(F.linear(mixed_TD, *out).add_(hidden_TD), attention_norm)
             inner = F.gelu(F.linear(hidden_TD, *up))
             hidden_TD = self._norm(F.linear(inner, *down).add_(hidden_TD), output_norm)
@@ -133,45 +140,53 @@ def _groups(token_ids: Sequence[npt.NDArray[np.int32]]) -> list[tuple[int, int]]
     return [(sum(1 for _ in same), length) for length, same in groupby(len(one) for one in token_ids)]
 
 
-def _attend(qkv_T3D: Tensor, groups: Sequence[tuple[int, int]], heads: int, bare: bool) -> Tensor:
+def _attend(qkv_T3D: Tensor, groups: Sequence[tuple[int, int]], heads: int, bare: bool, masks: Sequence[Tensor | None]
+            ) -> Tensor:
     """Self-attention inside each text, (T, D), one dense block for all texts of a length.
 
-    `bare`: weights are exp(score) over their sum, without subtracting the largest score first.
+    `bare`: weights are exp(score) over their sum, without subtracting the largest score first. `masks` (L, L) of each
+    group are added to its scores.
     """
     tokens, width = qkv_T3D.shape[0], qkv_T3D.shape[1] // 3
     size = width // heads
     mixed_TD = qkv_T3D.new_empty(tokens, width)
     start = 0
-    for texts, length in groups:
+    for (texts, length), mask_LL in zip(groups, masks, strict=True):
         end = start + texts * length
         query, key, value = qkv_T3D[start:end].view(texts, length, 3, heads, size).permute(2, 0, 3, 1, 4)
         if length <= PLAIN_ATTENTION_TOKENS:
             scores_NHLL = (query * size**-0.5) @ key.transpose(-1, -2)
+            if mask_LL is not None:
+                scores_NHLL += mask_LL
             if bare:
                 weights_NHLL = scores_NHLL.exp_()
                 block_NHLd = (weights_NHLL @ value).div_(weights_NHLL.sum(dim=-1, keepdim=True))
             else:
                 block_NHLd = torch.softmax(scores_NHLL, dim=-1) @ value
         else:
-            block_NHLd = F.scaled_dot_product_attention(query, key, value)
+            block_NHLd = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LL)
         mixed_TD[start:end].view(texts, length, heads, size).copy_(block_NHLd.transpose(1, 2))
         start = end
     return mixed_TD
 
 
-def _attend_first(hidden_TD: Tensor, qkv: tuple[Tensor, Tensor], groups: Sequence[tuple[int, int]], heads: int
-                  ) -> tuple[Tensor, Tensor]:
-    """(the states of each text's first token, what it attends to), (N, D) each: one query a text."""
-    width = hidden_TD.shape[1]
+def _attend_first(hidden_TD: Tensor, qkv: tuple[Tensor, Tensor], groups: Sequence[tuple[int, int]], heads: int,
+                  masks: Sequence[Tensor | None], places: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(the states of the tokens at F places of each text, what they attend to), (N x F, D) each: F queries a text."""
+    width, each = hidden_TD.shape[1], len(places)
     size, (weight, bias) = width // heads, qkv
     lengths = torch.tensor([length for texts, length in groups for _ in range(texts)], device=hidden_TD.device)
-    first_ND = hidden_TD[lengths.cumsum(0) - lengths]
-    query_ND = F.linear(first_ND, weight[:width], bias[:width])
+    starts = (lengths.cumsum(0) - lengths)[:, None]
+    first_RD = hidden_TD[(starts + torch.tensor(places, device=starts.device)).flatten()]
+    query_RD = F.linear(first_RD, weight[:width], bias[:width])
     both_T2D = F.linear(hidden_TD, weight[width:], bias[width:])
-    mixed, start, text = [], 0, 0
-    for texts, length in groups:
+    mixed, start, row = [], 0, 0
+    for (texts, length), mask_LL in zip(groups, masks, strict=True):
         key, value = both_T2D[start:start + texts * length].view(texts, length, 2, heads, size).permute(2, 0, 3, 1, 4)
-        query = query_ND[text:text + texts].view(texts, heads, 1, size) * size**-0.5
-        mixed.append((torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value).reshape(texts, width))
-        start, text = start + texts * length, text + texts
-    return first_ND, torch.cat(mixed)
+        query = query_RD[row:row + texts * each].view(texts, each, heads, size).transpose(1, 2) * size**-0.5
+        scores_NHFL = query @ key.transpose(-1, -2)
+        if mask_LL is not None:
+            scores_NHFL += mask_LL[list(places)]
+        mixed.append((torch.softmax(scores_NHFL, dim=-1) @ value).transpose(1, 2).reshape(texts * each, width))
+        start, row = start + texts * length, row + texts * each
+    return first_RD, torch.cat(mixed)

@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from recsys_ray.models.counter_dropout import keep_mask, keep_scale, masked_
+from recsys_ray.models.fronts import Fronts
 
 WASTED_SCORES = 4096    # padded (query, key) places a head may add to a block: about what one more block costs
 
@@ -31,6 +32,7 @@ class Block:
     rows: Tensor | None = None      # (texts * length,) packed row of each place; padding repeats the last token
     places: Tensor | None = None    # (end - start,) place of each packed row
     padding: Tensor | None = None   # (texts, 1, 1, length), 0 or -inf
+    mask: Tensor | None = None      # (length, length), 0 or -inf: what sees what, beside padding
 
     def gather(self, packed_TX: Tensor) -> Tensor:
         """The rows of a packed tensor as (texts, length, X)."""
@@ -42,28 +44,36 @@ class Block:
         flat = block_NLX.reshape(self.texts * self.length, -1)
         packed_TX[self.start:self.end] = flat if self.places is None else flat.index_select(0, self.places)
 
+    def masked_(self, scores: Tensor, rows: Sequence[int] | None = None) -> Tensor:
+        """Scores (texts, heads, length, length), or of some `rows` of each text; in place, -inf where none sees."""
+        if self.padding is not None:
+            scores += self.padding.to(scores.dtype)
+        if self.mask is not None:
+            scores += (self.mask if rows is None else self.mask[list(rows)]).to(scores.dtype)
+        return scores
 
-def plan_blocks(lengths: Sequence[int], device: torch.device, wasted: int = WASTED_SCORES) -> list[Block]:
+
+def plan_blocks(lengths: Sequence[int], device: torch.device, fronts: Fronts | None = None) -> list[Block]:
     """The attention blocks of texts laid end to end by falling length."""
     blocks, first, start = [], 0, 0
     while first < len(lengths):
         longest, last, waste = lengths[first], first + 1, 0
         while last < len(lengths):
             waste += longest**2 - lengths[last]**2
-            if waste > wasted:
+            if waste > WASTED_SCORES:
                 break
             last += 1
         some = lengths[first:last]
-        blocks.append(_block(start, some, device))
+        blocks.append(_block(start, some, device, None if fronts is None else fronts.mask(longest).to(device)))
         start += sum(some)
         first = last
     return blocks
 
 
-def _block(start: int, lengths: Sequence[int], device: torch.device) -> Block:
+def _block(start: int, lengths: Sequence[int], device: torch.device, mask: Tensor | None) -> Block:
     longest, total = lengths[0], sum(lengths)
     if lengths[-1] == longest:
-        return Block(start, start + total, len(lengths), longest)
+        return Block(start, start + total, len(lengths), longest, mask=mask)
     sizes = np.asarray(lengths)
     columns = np.arange(longest)
     real = columns < sizes[:, None]
@@ -71,7 +81,7 @@ def _block(start: int, lengths: Sequence[int], device: torch.device) -> Block:
     rows = (firsts[:, None] + np.minimum(columns, sizes[:, None] - 1)).reshape(-1)
     padding = np.where(real, np.float32(0), np.float32(-np.inf))[:, None, None, :]
     return Block(start, start + total, len(lengths), longest, torch.from_numpy(rows).to(device),
-                 torch.from_numpy(np.flatnonzero(real)).to(device), torch.from_numpy(padding).to(device))
+                 torch.from_numpy(np.flatnonzero(real)).to(device), torch.from_numpy(padding).to(device), mask)
 
 
 # --- linear ---------------------------------------------------------------------------------------
@@ -201,10 +211,7 @@ class _Attend(torch.autograd.Function):
         out_TD, saved = qkv_T3D.new_empty(qkv_T3D.shape[0], width), []
         for block in blocks:
             query, key, value = split_heads(block, qkv_T3D, heads).contiguous()
-            scores = (query * query.shape[-1]**-0.5) @ key.transpose(-1, -2)
-            if block.padding is not None:
-                scores += block.padding.to(scores.dtype)
-            weights = torch.softmax(scores, dim=-1)
+            weights = torch.softmax(block.masked_((query * query.shape[-1]**-0.5) @ key.transpose(-1, -2)), dim=-1)
             keep = _attention_keep(block, dropout, site, heads)
             mixed = _dropped(weights, keep) @ value
             if keep is not None:
@@ -265,26 +272,27 @@ def attend(qkv_T3D: Tensor, blocks: Sequence[Block], heads: int, dropout: Dropou
     return out
 
 
-def attend_first(query_ND: Tensor, both_T2D: Tensor, blocks: Sequence[Block], heads: int, dropout: Dropout, site: int
-                 ) -> Tensor:
-    """What each text's first token attends to, (N, D), from its query and all keys and values.
+def attend_first(query_RD: Tensor, both_T2D: Tensor, blocks: Sequence[Block], heads: int, dropout: Dropout, site: int,
+                 rows: Sequence[int] = (0,)) -> Tensor:
+    """What some tokens of each text attend to, (R, D), from their queries and all keys and values.
 
-    `dropout` has the keys of the first tokens; the masks are those that `attend` draws for them.
+    `rows` are their places in a text, the first one unless said otherwise; all of a text follow each other.
+    `dropout` has the keys of these tokens; the masks are those that `attend` draws for them.
     """
-    width, parts, text = query_ND.shape[1], [], 0
-    size = width // heads
+    width, parts, start = query_RD.shape[1], [], 0
+    size, each = width // heads, len(rows)
     for block in blocks:
         key, value = block.gather(both_T2D).view(block.texts, block.length, 2, heads, size).permute(2, 0, 3, 1, 4)
-        query = query_ND[text:text + block.texts].view(block.texts, heads, 1, size)
-        scores = (query * size**-0.5) @ key.transpose(-1, -2)
-        weights = torch.softmax(scores if block.padding is None else scores + block.padding.to(scores.dtype), dim=-1)
+        end = start + block.texts * each
+        query = query_RD[start:end].view(block.texts, each, heads, size).transpose(1, 2)
+        weights = torch.softmax(block.masked_((query * size**-0.5) @ key.transpose(-1, -2), rows), dim=-1)
         if dropout.keys is not None and dropout.attention:
-            keys_NH1 = dropout.keys[text:text + block.texts, None, None] + torch.arange(
+            keys_NHF = dropout.keys[start:end].view(block.texts, 1, each) + torch.arange(
                 heads, device=weights.device)[None, :, None]
-            keep = keep_mask(keys_NH1, site, block.length, dropout.attention)
+            keep = keep_mask(keys_NHF, site, block.length, dropout.attention)
             weights = weights * masked_(torch.full_like(weights, keep_scale(dropout.attention)), keep)
-        parts.append((weights @ value).reshape(block.texts, width))
-        text += block.texts
+        parts.append((weights @ value).transpose(1, 2).reshape(block.texts * each, width))
+        start = end
     return torch.cat(parts)
 
 
@@ -293,8 +301,10 @@ def attend_fused(qkv_T3D: Tensor, blocks: Sequence[Block], heads: int, dropout: 
     rate, parts = dropout.attention if dropout.keys is not None else 0.0, []
     for block in blocks:
         query, key, value = split_heads(block, qkv_T3D, heads)
-        padding = None if block.padding is None else block.padding.to(query.dtype).expand(-1, -1, block.length, -1)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=padding, dropout_p=rate)
+        unseen = None
+        if block.padding is not None or block.mask is not None:
+            unseen = block.masked_(query.new_zeros(block.texts, 1, block.length, block.length))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=unseen, dropout_p=rate)
         flat_TD = mixed.transpose(1, 2).reshape(block.texts * block.length, -1)
         parts.append(flat_TD if block.places is None else flat_TD.index_select(0, block.places))
     return torch.cat(parts)

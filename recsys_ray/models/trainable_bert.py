@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recsys_ray.config import Config
 from recsys_ray.models.counter_dropout import keep_scale, masked_, token_keys
+from recsys_ray.models.fronts import Fronts, places_of
 from recsys_ray.models.packed_bert import token_types
 from recsys_ray.models.packed_layers import (
     Block,
@@ -119,48 +120,55 @@ class TrainableBert(nn.Module):
         """Where the parameters are."""
         return next(self.parameters()).device
 
-    def forward(self, token_ids: TokenIds, second: Sequence[int] | None = None) -> Tensor:
+    def forward(self, token_ids: TokenIds, second: Sequence[int] | None = None, fronts: Fronts | None = None) -> Tensor:
         """Embeddings of N tokenised texts, float32 (N, D), in their order.
 
         `second`: of pairs of texts, the place where the second begins, for bodies that are told by a token type.
+        `fronts`: what stands in front of every text, (N, F, D): of each the first token's state.
         """
         order, parts = _by_length(token_ids), []
         places = None if second is None else [second[place] for place in order]
-        first_only = self.layout.pooling == "cls"
-        for hidden, lengths in self._run([token_ids[place] for place in order], places, first_only):
+        first_only = self.layout.pooling == "cls" or fronts is not None
+        for hidden, lengths in self._run([token_ids[place] for place in order], places, first_only, fronts):
             parts.append(hidden.to(_exact(hidden)) if first_only else self._mean(hidden, lengths))
-        pooled_ND = torch.cat(parts)[_inverse(order).to(self.device)]
+        pooled_ND = torch.cat(parts)
+        if fronts is not None:
+            pooled_ND = pooled_ND.view(len(order), fronts.count, -1)
+        pooled_ND = pooled_ND[_inverse(order).to(self.device)]
         return F.normalize(pooled_ND, dim=-1) if self.unit_length else pooled_ND
 
-    def hidden_states(self, token_ids: TokenIds) -> tuple[Tensor, list[int]]:
+    def hidden_states(self, token_ids: TokenIds, fronts: Fronts | None = None) -> tuple[Tensor, list[int]]:
         """(the last layer's state of every token, (T, D), texts end to end in their order; tokens of each text)."""
         order = _by_length(token_ids)
-        packed_TD = torch.cat([hidden_TD for hidden_TD, _ in self._run([token_ids[place] for place in order])])
+        some = [token_ids[place] for place in order]
+        packed_TD = torch.cat([hidden_TD for hidden_TD, _ in self._run(some, fronts=fronts)])
         lengths = np.array([len(one) for one in token_ids])
         starts = np.empty(len(lengths), dtype=np.int64)
         starts[order] = np.cumsum(lengths[order]) - lengths[order]
         rows = np.concatenate([np.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)])
         return packed_TD[torch.from_numpy(rows).to(self.device)], lengths.tolist()
 
-    def _run(self, token_ids: TokenIds, second: Sequence[int] | None = None, first_only: bool = False
-             ) -> Iterator[tuple[Tensor, list[int]]]:
+    def _run(self, token_ids: TokenIds, second: Sequence[int] | None = None, first_only: bool = False,
+             fronts: Fronts | None = None) -> Iterator[tuple[Tensor, list[int]]]:
         """The states of so many texts as go together, of all tokens or of each first one, and the texts' lengths.
 
         `token_ids` by falling length.
         """
         dropout = self._dropout(token_ids)
         working = WorkingWeights(None if self.dtype == "float32" else getattr(torch, self.dtype))
-        hidden_TD = self._embed(token_ids, second, dropout)
+        hidden_TD = self._embed(token_ids, second, dropout, fronts)
+        firsts = [0] if fronts is None else fronts.firsts
         hidden_TD = hidden_TD.to(working.dtype or hidden_TD.dtype)
         budget = self.config.tokens_at_once or (
             GPU_TOKENS_AT_ONCE if hidden_TD.device.type == "cuda" else CPU_TOKENS_AT_ONCE)
         for first, last, start, end in _portions([len(one) for one in token_ids], budget):
             lengths = [len(one) for one in token_ids[first:last]]
-            blocks = plan_blocks(lengths, hidden_TD.device)
+            blocks = plan_blocks(lengths, hidden_TD.device, fronts)
+            rows = _rows_of(lengths, firsts).to(hidden_TD.device)
             some_TD, some_dropout = hidden_TD[start:end], dropout.take(start, end)
             layers = self._plain_body().encoder.layer
             for number, layer in enumerate(layers):
-                ending = lengths if first_only and number == len(layers) - 1 else None
+                ending = (rows, firsts) if first_only and number == len(layers) - 1 else None
                 if self.config.gradient_checkpointing and torch.is_grad_enabled():
                     some_TD = checkpoint(self._layer, layer, number, some_TD, blocks, some_dropout, working, ending,
                                          use_reentrant=False)
@@ -177,10 +185,11 @@ class TrainableBert(nn.Module):
             return Dropout(None, 0.0, 0.0)
         return Dropout(token_keys(token_ids, self.dropout_seed).to(self.device), hidden, attention)
 
-    def _embed(self, token_ids: TokenIds, second: Sequence[int] | None, dropout: Dropout) -> Tensor:
+    def _embed(self, token_ids: TokenIds, second: Sequence[int] | None, dropout: Dropout, fronts: Fronts | None
+               ) -> Tensor:
         parts = self._plain_body().embeddings
         ids = torch.from_numpy(np.concatenate(token_ids)).to(self.device)
-        positions = np.concatenate([np.arange(len(one), dtype=np.int32) for one in token_ids]) + self._first_position
+        positions = np.concatenate([places_of(len(one), fronts) for one in token_ids]) + self._first_position
         summed = parts.word_embeddings(ids) + parts.position_embeddings(torch.from_numpy(positions).to(self.device))
         types = parts.token_type_embeddings.weight
         typed = types[0] if second is None else F.embedding(token_types(token_ids, second).to(self.device), types)
@@ -191,17 +200,19 @@ class TrainableBert(nn.Module):
         return hidden_TD
 
     def _layer(self, layer: Any, number: int, hidden_TD: Tensor, blocks: Sequence[Block], dropout: Dropout,
-               working: WorkingWeights, lengths: Sequence[int] | None) -> Tensor:
-        """A layer's states of all tokens, (T, D), or, given the texts' lengths, of each text's first one, (N, D)."""
+               working: WorkingWeights, ending: tuple[Tensor, list[int]] | None) -> Tensor:
+        """A layer's states of all tokens, (T, D), or of the R that `ending` names, (R, D).
+
+        `ending`: (their packed rows, their places in each text).
+        """
         mixer, site = layer.attention.self, 1 + SITES * number
         way = self.config.attention
-        if lengths is not None:
+        if ending is not None:
+            rows, places = ending
             both_T2D = linear(hidden_TD, working, mixer.key, mixer.value)
-            sizes = torch.tensor(lengths, device=hidden_TD.device)
-            firsts = sizes.cumsum(0) - sizes
-            hidden_TD, dropout = hidden_TD[firsts], dropout.at(firsts)
+            hidden_TD, dropout = hidden_TD[rows], dropout.at(rows)
             attended_TD = attend_first(linear(hidden_TD, working, mixer.query), both_T2D, blocks, self.heads, dropout,
-                                       site)
+                                       site, places)
         else:
             qkv_T3D = linear(hidden_TD, working, mixer.query, mixer.key, mixer.value)
             if way == "fused" or (way == "auto" and hidden_TD.device.type == "cuda"):
@@ -280,6 +291,12 @@ def _with_lora(body: Any, settings: LoraSettings) -> Any:
 
 def _by_length(token_ids: TokenIds) -> npt.NDArray[np.intp]:
     return np.argsort([-len(one) for one in token_ids], kind="stable")
+
+
+def _rows_of(lengths: Sequence[int], places: Sequence[int]) -> Tensor:
+    """The packed rows of the tokens at some places of every text, texts end to end, (R,)."""
+    sizes = torch.tensor(lengths)
+    return ((sizes.cumsum(0) - sizes)[:, None] + torch.tensor(places)).flatten()
 
 
 def _inverse(order: npt.NDArray[np.intp]) -> Tensor:
