@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys_ray.models.bt_bert import Concern
-from recsys_ray.models.bt_bert_input import BtBertTokenizer, PairInput
+from recsys_ray.models.bt_bert_input import BtBertTokenizer, PairInput, fronts_of
 from recsys_ray.models.bt_bert_scorer import BtBertScorer
+from recsys_ray.models.fronts import hub_inputs
 
 Floats = npt.NDArray[np.floating[Any]]
 SEPARATOR = ", "
@@ -53,8 +54,11 @@ class AttentionReader:
         """The attention of the layer before the last, after the softmax, (heads, rows, columns)."""
         import torch
 
+        settings = self._body.config
+        first_place = 0 if settings.model_type == "bert" else int(settings.pad_token_id) + 1
+        told = hub_inputs(fronts_of(self.tokenizer.style, 1), len(ids), first_place)
         with torch.inference_mode():
-            found = self._body(input_ids=torch.from_numpy(ids.astype(np.int64))[None], output_attentions=True)
+            found = self._body(input_ids=torch.from_numpy(ids.astype(np.int64))[None], output_attentions=True, **told)
         layer: Floats = found.attentions[-2][0].float().numpy()
         return layer
 

@@ -14,10 +14,18 @@ over all tokens j of the input x_h = exp(s_h0) / sum_j exp(s_hj), between 0 and 
 The published listing reads attentions after the softmax and multiplies by 16 ("Beauty Beyond Words", arXiv
 2409.13628, algorithm 1). Scale a and bias b start so that the mean prediction equals the share of positives.
 
-A raw score is large beside what tells inputs apart (with MiniLM 32, and a spread of 1), and every step moves it as a
-whole: learned plainly, the bias runs after it and little else is learned. So a running mean of the batches is taken off
-in training, a * (raw - mean) + level, and what is saved is b = level - a * mean. (Not the mean of the very batch: where
-products of like length come together, it is part of the answer.)
+How it learns. What tells products apart is small in a score: with MiniLM the states of token 0 in front of [CLS], where
+unneeded attention goes, differ by 1 % of their length between products, and behind [CLS], in layout `shared`, by 8 %;
+scores are about 32 and spread by 0.1. So the gradient is nearly all about moving scores together, and an optimizer that
+divides by its size learns nothing else. Against that
+
+- a new model begins as low-rank adapters do, with one factor at zero: the last layer's keys are, so all scores are, and
+  until the keys have learned what to ask for, the body has no gradient. The scale says how fast that goes
+  (`_first_scale`). After the softmax scores are bounded; there keys stay, and logits begin nearly equal;
+- a running mean of the batches is taken off in training, a * (raw - mean) + level, and what is saved is
+  b = level - a * mean. (Not the mean of the very batch: where products of like length come together, it is part of the
+  answer.) So the gradient of the mean of all scores is left out;
+- where an input is a whole product, what would move all scores of a concern counts a tenth (`_balanced`).
 """
 
 from __future__ import annotations
@@ -35,7 +43,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recsys_ray.config import Config
-from recsys_ray.models.bt_bert_input import BtBertTokenizer, Style, Tokens
+from recsys_ray.models.bt_bert_input import BtBertTokenizer, Layout, Style, Tokens, fronts_of
+from recsys_ray.models.fronts import Fronts
 from recsys_ray.models.sentence_layout import EncoderError, SentenceLayout, find_model, read_pair_layout
 from recsys_ray.models.trainable_bert import TrainableBert, TrainableConfig, TrainableOptions, load_body
 
@@ -46,6 +55,9 @@ PUBLISHED_SCALE = 16.0
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "sentencepiece", "unigram")
 EPSILON = 1e-6
 FOLLOW = 0.1        # weight of a batch in the running mean of raw scores
+DIFFERENT = 0.25    # of a state, where an output reads it well: of MiniLM's [CLS] between products a third
+TOGETHER = 0.1      # of the gradient's part that moves all of a concern's scores together
+FIRST_SPREAD = 0.1  # of the logits after the softmax: what they differ by at first has nothing to do with the answer
 
 
 class Concern(Config):
@@ -66,7 +78,7 @@ class BtBertCard(Config):
     """All that is needed beside the weights to score with them."""
 
     mode: Mode = "presoftmax"
-    layout: Literal["paper", "seed"] = "paper"          # of the input; explicit models have no query in it
+    layout: Layout = "paper"                # of the input; explicit models have no query in it
     max_tokens: int = Field(default=512, ge=16)
     concerns: tuple[Concern, ...]
     calibration: Calibration = Calibration()
@@ -76,13 +88,18 @@ class BtBertCard(Config):
         """How inputs are put together."""
         return "explicit" if self.mode == "explicit" else self.layout
 
+    @property
+    def whole(self) -> bool:
+        """Whether an input is a product, with a logit for each concern, and not a pair of the two."""
+        return self.style in ("explicit", "shared")
+
     def names(self) -> list[str]:
         """The concerns by name, in the order of the outputs."""
         return [one.name for one in self.concerns]
 
 
 class BtBert(nn.Module):
-    """Token ids of N inputs -> logits with gradients: float32 (N,), or (N, C) of an explicit model."""
+    """Token ids of N inputs -> logits with gradients: float32 (N,), or (N, C) where an input is a whole product."""
 
     encoder: TrainableBert
     mean: Tensor        # of the raw scores
@@ -93,6 +110,7 @@ class BtBert(nn.Module):
         if layout.not_packed:
             raise EncoderError(f"{layout.root}: cannot be used here: {layout.not_packed}")
         self.card, self.layout = card, layout
+        self.mean_of: Callable[[Tensor], Tensor] = mean_of_rows     # of a batch; of several workers' all parts of it
         self._whole: list[Any] = []     # the last layer, for saving; of it only the parts below are used
         if card.mode != "explicit":
             if len(body.encoder.layer) < 2:
@@ -110,7 +128,6 @@ class BtBert(nn.Module):
         elif card.mode != "literal_softmax16":
             self.scale, self.level = nn.Parameter(torch.ones(())), nn.Parameter(torch.zeros(()))
             self.register_buffer("mean", torch.zeros(()))
-            self.mean_of: Callable[[Tensor], Tensor] = torch.mean   # of a batch; of several workers' all parts of it
 
     @classmethod
     def load(cls, model: str, card: BtBertCard | None, options: TrainableOptions, dtype: str, device: str) -> Self:
@@ -134,6 +151,13 @@ class BtBert(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.encoder.device
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """How the names of the trained parameters beside the body begin."""
+        if self.card.mode == "explicit":
+            return ("output.",)
+        return () if self.card.mode == "literal_softmax16" else ("scale", "level")
 
     def head(self) -> dict[str, Tensor]:
         """The parameters beside the body: scale and bias, or the outputs."""
@@ -160,63 +184,81 @@ class BtBert(nn.Module):
     def forward(self, token_ids: Sequence[Tokens]) -> Tensor:
         """The logits of N inputs."""
         raw = self.raw(token_ids)
-        if self.card.mode == "explicit":
-            return raw
         if self.card.mode == "literal_softmax16":
             return PUBLISHED_SCALE * raw
+        if self.training and raw.requires_grad:
+            raw.register_hook(self._balanced)
+        if self.card.mode == "explicit":
+            return raw
         if self.training:
-            self.mean.lerp_(self.mean_of(raw.detach()), FOLLOW)
+            self.mean.lerp_(self.mean_of(raw.detach()).mean(), FOLLOW)
         return self.scale * (raw - self.mean) + self.level
 
+    def _balanced(self, gradient: Tensor) -> Tensor:
+        """The gradient of a batch's raw scores with less of what would move those of a concern, or all, together.
+
+        It has the same sign for a concern's mean, so where that is right stays where it was.
+        """
+        if gradient.ndim == 2:
+            gradient = gradient - (1 - TOGETHER) * self.mean_of(gradient)
+        return gradient if self.card.mode == "explicit" else gradient - self.mean_of(gradient).mean()
+
     def raw(self, token_ids: Sequence[Tokens]) -> Tensor:
-        """What the network gives before its learned scale and bias: float32 (N,), or the outputs (N, C)."""
-        mode = self.card.mode
+        """What the network gives before its learned scale and bias: float32 (N,), or (N, C) of whole products."""
+        mode, fronts = self.card.mode, fronts_of(self.card.style, len(self.card.concerns))
         if mode == "explicit":
             outputs_NC: Tensor = self.output(self.encoder(token_ids))
             return outputs_NC
         if mode == "presoftmax":
-            first_ND = self.encoder(token_ids)
-            scores_NH = first_scores(self._heads(self.query(first_ND)), self._heads(self.key(first_ND)))
-            return scores_NH.sum(dim=1)
-        x_NH = self._self_attention(token_ids)
+            first_XD = self.encoder(token_ids, fronts=fronts)
+            return first_scores(self._heads(self.query(first_XD)), self._heads(self.key(first_XD))).sum(dim=-1)
+        x_XH = self._self_attention(token_ids, fronts)
         if mode == "logodds":
-            x_N = x_NH.mean(dim=1).clamp(EPSILON, 1 - EPSILON)
-            return torch.log(x_N) - torch.log1p(-x_N)
-        return x_NH.sum(dim=1) * (PUBLISHED_SCALE if mode == "affine16" else 1.0)
+            x_X = x_XH.mean(dim=-1).clamp(EPSILON, 1 - EPSILON)
+            return torch.log(x_X) - torch.log1p(-x_X)
+        return x_XH.sum(dim=-1) * (PUBLISHED_SCALE if mode == "affine16" else 1.0)
 
-    def _self_attention(self, token_ids: Sequence[Tokens]) -> Tensor:
-        """How much of token 0's attention is on itself, after the softmax, of each head, (N, H)."""
-        states_TD, lengths = self.encoder.hidden_states(token_ids)
+    def _self_attention(self, token_ids: Sequence[Tokens], fronts: Fronts | None) -> Tensor:
+        states_TD, lengths = self.encoder.hidden_states(token_ids, fronts)
         states_TD = states_TD.float()
-        sizes = torch.tensor(lengths, device=states_TD.device)
-        firsts = sizes.cumsum(0) - sizes
-        texts = torch.repeat_interleave(torch.arange(len(lengths), device=sizes.device), sizes)
-        query_NHd = self._heads(self.query(states_TD[firsts]))
-        scores_TH = first_scores(query_NHd[texts], self._heads(self.key(states_TD)))
-        highest_NH = torch.full((len(lengths), scores_TH.shape[1]), -torch.inf, device=sizes.device).scatter_reduce(
-            0, texts[:, None].expand_as(scores_TH), scores_TH.detach(), "amax")
-        weights_TH = torch.exp(scores_TH - highest_NH[texts])
-        total_NH = torch.zeros_like(highest_NH).index_add(0, texts, weights_TH)
-        return weights_TH[firsts] / total_NH
+        found = self_attention(self._heads(self.query(states_TD)), self._heads(self.key(states_TD)), lengths, fronts)
+        return found if fronts is not None else found[:, 0]
 
-    def _heads(self, states_ND: Tensor) -> Tensor:
-        return states_ND.view(len(states_ND), self.encoder.heads, -1)
+    def _heads(self, states_XD: Tensor) -> Tensor:
+        return states_XD.view(*states_XD.shape[:-1], self.encoder.heads, -1)
 
     @torch.no_grad()
-    def start(self, token_ids: Sequence[Tokens], prior: Tensor) -> None:
-        """Set scale and bias so that the mean prediction over these inputs equals `prior`.
+    def start(self, token_ids: Sequence[Tokens], prior: Tensor, rate: float = 1.0) -> None:
+        """Set a new head so that the mean prediction over these inputs equals `prior`.
 
-        `prior`: the share of positives, () or, of an explicit model, (C,). The spread of a pair logit starts at 1.
+        `prior`: the share of positives, () or, of an explicit model, (C,). `rate`: of an explicit model's output, as a
+        multiple of the body's; the logits of mode presoftmax will follow their keys as fast.
         """
         wanted = torch.logit(prior.double().clamp(EPSILON, 1 - EPSILON)).float().to(self.device)
         if self.card.mode == "explicit":
             self.output.weight.mul_(0.0)
             self.output.bias.copy_(wanted.expand_as(self.output.bias))
         elif self.card.mode != "literal_softmax16":
-            raw = self.raw(token_ids)
-            spread = float(raw.std()) if len(raw) > 1 else 0.0
-            self.scale.fill_(1.0 / max(spread, EPSILON) if spread > EPSILON else 1.0)
-            self._set_level(raw, float(torch.sigmoid(wanted)))
+            self.scale.fill_(self._first_scale(token_ids, rate))
+            self._set_level(self.raw(token_ids), float(torch.sigmoid(wanted)))
+
+    def _first_scale(self, token_ids: Sequence[Tokens], rate: float) -> float:
+        """The scale to begin with; the keys of mode presoftmax are set to zero.
+
+        A step of e in every key weight then tells two products' scores apart by e |q|_1 |s|_1 / sqrt(d) at most, |.|_1
+        the sum of absolute values and s what their states differ by, a small part of them. An output of `rate` tells
+        products apart by e rate DIFFERENT |state|_1, if that part of states differs: the scale makes both the same.
+        """
+        if self.card.mode == "presoftmax":
+            first_XD = self.encoder(token_ids, fronts=fronts_of(self.card.style, len(self.card.concerns)))
+            whole, own = (one.abs().sum(dim=-1).mean() for one in (first_XD, first_XD - first_XD.mean(dim=0)))
+            query = self.query(first_XD).abs().sum(dim=-1).mean()
+            for parameter in self.key.parameters():
+                parameter.zero_()
+            size = first_XD.shape[-1] // self.encoder.heads
+            return rate * DIFFERENT * size ** 0.5 * float(whole / (query * own + EPSILON))
+        spread = float(self.raw(token_ids).std(correction=0))
+        return FIRST_SPREAD / spread if spread > EPSILON else 1.0
 
     @torch.no_grad()
     def settle(self, token_ids: Sequence[Tokens], prior: float) -> None:
@@ -261,10 +303,29 @@ class BtBert(nn.Module):
             (target / "README.md").write_text(card, encoding="utf-8")
 
 
-def first_scores(query_NHd: Tensor, key_NHd: Tensor) -> Tensor:
-    """Attention scores of query and key of the same row, before any softmax, (N, H)."""
-    scores_NH: Tensor = (query_NHd * key_NHd).sum(dim=-1) * query_NHd.shape[-1] ** -0.5
-    return scores_NH
+def mean_of_rows(rows: Tensor) -> Tensor:
+    """The mean over the first axis."""
+    return rows.mean(dim=0)
+
+
+def first_scores(query_XHd: Tensor, key_XHd: Tensor) -> Tensor:
+    """Attention scores of query and key of the same row, before any softmax, (..., H)."""
+    scores_XH: Tensor = (query_XHd * key_XHd).sum(dim=-1) * query_XHd.shape[-1] ** -0.5
+    return scores_XH
+
+
+def self_attention(query_THd: Tensor, key_THd: Tensor, lengths: Sequence[int], fronts: Fronts | None) -> Tensor:
+    """How much of the first token's attention is on itself, after the softmax, (N, F, H) of N texts end to end.
+
+    F: the first token of each of the fronts, or of the text alone.
+    """
+    firsts, found = [0] if fronts is None else fronts.firsts, []
+    for query_LHd, key_LHd in zip(query_THd.split(list(lengths)), key_THd.split(list(lengths)), strict=True):
+        scores_FHL = torch.einsum("fhd,lhd->fhl", query_LHd[firsts], key_LHd) * query_LHd.shape[-1] ** -0.5
+        if fronts is not None:
+            scores_FHL = scores_FHL + fronts.mask(len(key_LHd))[firsts, None].to(scores_FHL.device)
+        found.append(torch.softmax(scores_FHL, dim=-1)[range(len(firsts)), :, firsts])
+    return torch.stack(found)
 
 
 def _bias_for(scores: Tensor, share: float) -> Tensor:

@@ -1,6 +1,7 @@
 """What BT-BERT reads: one concern and one product as a sequence of tokens, and which token belongs to which part.
 
     paper       query, padded to QUERY_TOKENS tokens, [CLS] ingredients [SEP] title
+    shared      the same, all queries in front of a product that is read once: it does not see them (`Fronts`)
     seed        [CLS] query [SEP] ingredients [SEP] title
     explicit    [CLS] ingredients [SEP] title           (no query: the model has an output for every concern)
 
@@ -18,10 +19,12 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from recsys_ray.models.fronts import Fronts
 from recsys_ray.models.sentence_layout import EncoderError, SentenceLayout
 from recsys_ray.models.text_encoder import prepare_text
 
-Style = Literal["paper", "seed", "explicit"]
+Layout = Literal["paper", "seed", "shared"]
+Style = Literal["paper", "seed", "shared", "explicit"]
 Tokens = npt.NDArray[np.int32]
 Spans = npt.NDArray[np.int32]
 
@@ -37,6 +40,13 @@ class ProductTokens:
     ingredients: Tokens
     spans: Spans        # (I, 2): where each token of the ingredients begins and ends in their text
     title: Tokens
+    numbers: Tokens     # (I,): how many commas are before each token of the ingredients, so which ingredient it is of
+
+    def thinned(self, share: float, random: np.random.Generator) -> ProductTokens:
+        """The same without some of the ingredients, each left out with probability `share`, in their order."""
+        kept = random.random(int(self.numbers.max(initial=0)) + 1) >= share
+        rows = kept[self.numbers]
+        return ProductTokens(self.ingredients[rows], self.spans[rows], self.title, self.numbers[rows])
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,11 @@ class PairInput:
     ids: Tokens                 # (L,)
     query: slice                # its tokens' places
     ingredients: slice          # those of the ingredients; their first token is the product's first
+
+
+def fronts_of(style: Style, queries: int) -> Fronts | None:
+    """The queries in front of a product, in layout `shared`; in the others each input is of one query or none."""
+    return Fronts(queries, QUERY_TOKENS) if style == "shared" else None
 
 
 class BtBertTokenizer:
@@ -70,23 +85,27 @@ class BtBertTokenizer:
         ids = np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
         if not len(ids):
             raise EncoderError(f"the query {text!r} has no token; give the concern other words")
-        if self.style == "paper":
+        if self.style in ("paper", "shared"):
             if len(ids) > QUERY_TOKENS:
-                raise EncoderError(f"the query {text!r} has {len(ids)} tokens, and layout `paper` has room for "
+                raise EncoderError(f"the query {text!r} has {len(ids)} tokens, and layout `{self.style}` has room for "
                                    f"{QUERY_TOKENS}; give the concern a shorter query, or use layout `seed`")
             ids = np.concatenate([ids, np.full(QUERY_TOKENS - len(ids), self._pad, dtype=np.int32)])
         return ids[:self.max_tokens // 2]
 
     def products(self, ingredients: Sequence[str | None], titles: Sequence[str | None]) -> list[ProductTokens]:
         """The tokens of N products; a missing text has none."""
-        listed = self._encoded(ingredients)
-        named = self._encoded(titles)
-        return [ProductTokens(np.array(one.ids, dtype=np.int32), np.array(one.offsets, dtype=np.int32).reshape(-1, 2),
-                              np.array(title.ids, dtype=np.int32)) for one, title in zip(listed, named, strict=True)]
+        lists = [prepare_text(one or "", self._max_chars) for one in ingredients]
+        names = [prepare_text(one or "", self._max_chars) for one in titles]
+        found = []
+        for text, one, title in zip(lists, self._encoded(lists), self._encoded(names), strict=True):
+            spans = np.array(one.offsets, dtype=np.int32).reshape(-1, 2)
+            commas = np.flatnonzero([letter == "," for letter in text])
+            found.append(ProductTokens(np.array(one.ids, dtype=np.int32), spans, np.array(title.ids, dtype=np.int32),
+                                       np.searchsorted(commas, spans[:, 0]).astype(np.int32)))
+        return found
 
-    def _encoded(self, texts: Sequence[str | None]) -> list[Any]:
-        known = [prepare_text(one or "", self._max_chars) for one in texts]
-        found: list[Any] = self._tokenizer.encode_batch(known, add_special_tokens=False)
+    def _encoded(self, texts: Sequence[str]) -> list[Any]:
+        found: list[Any] = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return found
 
     def pair(self, query: Tokens | None, product: ProductTokens) -> PairInput:
@@ -101,6 +120,11 @@ class BtBertTokenizer:
         first = 1 if self.style == "seed" else 0
         return PairInput(np.concatenate([*head, listed, end, title]), slice(first, first + len(asked)),
                          slice(start, start + len(listed)))
+
+    def shared(self, queries: Sequence[Tokens], product: ProductTokens) -> Tokens:
+        """The input of a product with all queries in front of it; it is cut as it is behind one of them."""
+        pair = self.pair(queries[0], product)
+        return np.concatenate([*queries, pair.ids[pair.query.stop:]])
 
 
 def _cut(product: ProductTokens, room: int) -> tuple[Tokens, Tokens]:

@@ -1,8 +1,8 @@
 """Probabilities that products help against concerns: a trained BT-BERT, packed, without padding, in bf16 where it is.
 
-Every (concern, product) pair is an input of its own. A product is tokenised once; inputs are sorted by length and
-run in batches of about a budget of tokens; the layer before the last one works on the first token alone where the
-mode needs no more.
+Every (concern, product) pair is an input of its own; in layout `shared` a product is one, with all concerns in front
+of it. A product is tokenised once; inputs are sorted by length and run in batches of about a budget of tokens; the
+layer before the last one works on the first tokens alone where the mode needs no more.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ from recsys_ray.models.bt_bert import (
     first_scores,
     probabilities,
     read_card,
+    self_attention,
 )
-from recsys_ray.models.bt_bert_input import BtBertTokenizer, Tokens
+from recsys_ray.models.bt_bert_input import BtBertTokenizer, Tokens, fronts_of
 from recsys_ray.models.cross_encoder import batches
+from recsys_ray.models.fronts import Fronts
 from recsys_ray.models.packed_bert import PackedBert
 from recsys_ray.models.sentence_layout import EncoderError, find_model, read_pair_layout
 from recsys_ray.models.text_encoder import (
@@ -97,6 +99,8 @@ class BtBertScorer:
         if self.card.mode == "explicit":
             return self._explicit([self.tokenizer.pair(None, one).ids for one in products], asked)
         queries = [self.tokenizer.query(one.query) for one in asked]
+        if queries and (fronts := fronts_of(self.card.style, len(queries))) is not None:
+            return self._run([self.tokenizer.shared(queries, one) for one in products], len(queries), fronts)
         ids = [self.tokenizer.pair(query, one).ids for one in products for query in queries]
         return self._run(ids).reshape(len(products), len(asked))
 
@@ -107,43 +111,33 @@ class BtBertScorer:
                                f"{', '.join(names)}")
         return self._run(ids, outputs=len(names))[:, [names.index(one.name) for one in asked]]
 
-    def _run(self, ids: Sequence[Tokens], outputs: int | None = None) -> Floats:
+    def _run(self, ids: Sequence[Tokens], outputs: int | None = None, fronts: Fronts | None = None) -> Floats:
         out = np.empty((len(ids), outputs) if outputs else len(ids), dtype=np.float32)
         order = np.argsort([-len(one) for one in ids], kind="stable")
         for batch in batches(order, [len(one) for one in ids], self._budget) if len(ids) else ():
-            out[batch] = self._batch([ids[place] for place in batch]).float().cpu().numpy()
+            found = self._batch([ids[place] for place in batch], fronts)
+            out[batch] = found.float().cpu().numpy().reshape(len(batch), *out.shape[1:])
         return out
 
     @torch.inference_mode()
-    def _batch(self, ids: Sequence[Tokens]) -> Tensor:
+    def _batch(self, ids: Sequence[Tokens], fronts: Fronts | None) -> Tensor:
         mode, head = self.card.mode, self._head
         if mode in ("presoftmax", "explicit"):
-            first_ND = torch.from_numpy(self._forward(ids)).to(self.device)
+            first_RD = torch.from_numpy(self._forward(ids, fronts=fronts)).to(self.device)
             if mode == "explicit":
-                return F.linear(first_ND, head["output.weight"], head["output.bias"])
-            return _affine(first_scores(self._part("query", first_ND), self._part("key", first_ND)).sum(dim=1), head)
-        x_NH = self._self_attention(ids)
+                return F.linear(first_RD, head["output.weight"], head["output.bias"])
+            return _affine(first_scores(self._part("query", first_RD), self._part("key", first_RD)).sum(dim=1), head)
+        states_TD = self._forward.hidden_states(ids, fronts=fronts).float()
+        x_RH = self_attention(self._part("query", states_TD), self._part("key", states_TD), [len(one) for one in ids],
+                              fronts).flatten(0, 1)
         if mode == "literal_softmax16":
-            return PUBLISHED_SCALE * x_NH.sum(dim=1)
+            return PUBLISHED_SCALE * x_RH.sum(dim=1)
         if mode == "affine16":
-            return _affine(PUBLISHED_SCALE * x_NH.sum(dim=1), head)
-        return _affine(torch.logit(x_NH.mean(dim=1), eps=EPSILON), head)
+            return _affine(PUBLISHED_SCALE * x_RH.sum(dim=1), head)
+        return _affine(torch.logit(x_RH.mean(dim=1), eps=EPSILON), head)
 
     def _part(self, name: str, states_ND: Tensor) -> Tensor:
         return F.linear(states_ND, *self._last[name]).view(len(states_ND), self._heads, -1)
-
-    def _self_attention(self, ids: Sequence[Tokens]) -> Tensor:
-        """How much of token 0's attention is on itself, of each head, (N, H)."""
-        states_TD = self._forward.hidden_states(ids).float()
-        found, start = [], 0
-        keys_THd = self._part("key", states_TD)
-        for one in ids:
-            rows = slice(start, start + len(one))
-            query_1Hd = self._part("query", states_TD[rows][:1])
-            weights_LH = torch.softmax(first_scores(query_1Hd.expand(len(one), -1, -1), keys_THd[rows]), dim=0)
-            found.append(weights_LH[0])
-            start += len(one)
-        return torch.stack(found)
 
 
 def _affine(raw_N: Tensor, head: Mapping[str, Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from recsys_ray.config import Config, ConfigError, fingerprint
 from recsys_ray.models.bt_bert import CARD, KIND, BtBert, BtBertCard, Concern, Mode, read_card
-from recsys_ray.models.bt_bert_input import ProductTokens, Tokens
+from recsys_ray.models.bt_bert_input import Layout, ProductTokens, Tokens
 from recsys_ray.models.cross_encoder import batches
 from recsys_ray.models.sentence_layout import find_model, read_pair_layout
 from recsys_ray.models.text_encoder import TextEncoderConfig, device_of, dtype_of
@@ -37,10 +37,11 @@ from recsys_ray.training.sampler import BatchSampler, SamplerConfig
 
 log = logging.getLogger(__name__)
 
-STAGE_VERSION = 2       # raise it when the same inputs would give another model
+STAGE_VERSION = 3       # raise it when the same inputs would give another model
 STARTED_ON = 256        # inputs on which the mean prediction is set to the prior, before training and after
 EVALUATED_TOKENS = 8192
 OBJECTIVE = "macro_ap"
+TOKENS = "encoder.body.embeddings.word_embeddings."     # how the name of the token embeddings begins
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -49,7 +50,8 @@ Ints = npt.NDArray[np.int64]
 class ConcernBatches(Config):
     """Which pairs make a step."""
 
-    batch_size: int = Field(default=8, ge=1)    # pairs of all workers together; products of an explicit model
+    # pairs of all workers together; products where an input is a whole product: layout `shared`, mode `explicit`
+    batch_size: int = Field(default=8, ge=1)
     length_grouped: bool = True
 
 
@@ -62,16 +64,19 @@ class FinetuneBtBertConfig(LoopConfig):
     concerns: tuple[str, ...] | None = None     # of the labels'; None: all
     replay: float = Field(default=1.0, ge=0, le=1)      # of a BT-BERT's own concerns: share of their pairs
     mode: Mode = "presoftmax"
-    layout: Literal["paper", "seed"] = "paper"
+    layout: Layout = "paper"
     max_tokens: int = Field(default=512, ge=16)
     # of unlabelled pairs as negatives; 0: left out; None: as the labels' mode says
     unlabelled_weight: float | None = Field(default=None, ge=0, le=1)
     train_share: float = Field(default=1.0, gt=0, le=1)     # of the training products, drawn by the seed
+    ingredient_dropout: float = Field(default=0.0, ge=0, lt=1)  # share left out of a list, others each time it is read
     class_weights: bool = False             # positives and negatives of a concern count the same in sum
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"   # of the products; weights are float32
     device: Literal["auto", "cpu"] = "auto"
     body: TrainableOptions = TrainableOptions()
     optim: OptimConfig = OptimConfig(learning_rate=3e-5, betas=(0.9, 0.95))
+    head_rate: float = Field(default=10.0, gt=0)    # learning rate of what is new beside the body, as its multiple
+    token_rate: float = Field(default=1.0, gt=0)    # that of token embeddings: a word of few products has few steps
     sampler: ConcernBatches = ConcernBatches()
     validation_products: int = Field(default=1000, ge=1)
     workers: WorkersConfig = WorkersConfig()
@@ -112,10 +117,10 @@ class BtBertTask:
         """Tokenise, draw the batches and the validation; wrap the model where there are several workers."""
         config, self.tokens = self.config, self.model.tokenizer()
         self.products = self.tokens.products(self.train.ingredients, self.train.titles)
-        explicit = config.mode == "explicit"
-        self.queries = [] if explicit else [self.tokens.query(one.query) for one in self.model.card.concerns]
+        card = self.model.card
+        self.queries = [] if card.mode == "explicit" else [self.tokens.query(one.query) for one in card.concerns]
         self.weights_PC = class_weights(self.train) if config.class_weights else self.train.weights
-        self.units = units_of(self.weights_PC, explicit)
+        self.units = units_of(self.weights_PC, card.whole)
         lengths = np.array([len(one.ingredients) + len(one.title) for one in self.products], dtype=np.int64)
         numbers = np.arange(len(self.units))
         settings = SamplerConfig(batch_size=config.sampler.batch_size, length_grouped=config.sampler.length_grouped,
@@ -134,7 +139,9 @@ class BtBertTask:
         several = {"no_sync": self.wrapped.no_sync} if world_size() > 1 else {}
         return Task(model=self.model, batches_per_epoch=self.sampler.steps_per_epoch, backward=self.backward,
                     evaluate=self.evaluate if can_judge(self.judged) else None, objective=OBJECTIVE,
-                    begin=self.begin, half=self.model.encoder.dtype == "float16", **several)
+                    begin=self.begin, half=self.model.encoder.dtype == "float16",
+                    rates={TOKENS: self.config.token_rate} | dict.fromkeys(
+                        self.model.head_names, self.config.head_rate), **several)
 
     def begin(self, number: int) -> None:
         """Give the batch its dropout."""
@@ -143,10 +150,10 @@ class BtBertTask:
     def backward(self, number: int, scale: float) -> Mapping[str, float]:
         """Add this worker's gradients of a batch; returns the figures of the whole batch.
 
-        The loss is the mean over the pairs of all workers; of an explicit model over products and concerns.
+        The loss is the mean over the pairs of all workers; of whole products over products and concerns.
         """
         units = self.units[self.sampler.share(number, rank(), world_size())]
-        ids = self.inputs(self.products, units)
+        ids = self.inputs(self._seen(number, units), units)
         logits = self.wrapped(ids)
         targets, weights = _of_units(self.train.targets, units), _of_units(self.weights_PC, units)
         loss = weighted_loss(logits, targets.to(logits.device), weights.to(logits.device))
@@ -155,6 +162,13 @@ class BtBertTask:
         (loss * (scale * world_size() / whole)).backward()  # type: ignore[no-untyped-call]
         summed = sum_over_workers(loss.detach().double().reshape(1))
         return {"loss": float(summed) / whole, "tokens": float(sum(map(len, ids)))}
+
+    def _seen(self, number: int, units: Ints) -> Sequence[ProductTokens]:
+        """The training products as batch `number` reads them, the same on all workers."""
+        share, seen = self.config.ingredient_dropout, list(self.products)
+        for product in np.unique(units[:, 0]).tolist() if share else ():
+            seen[product] = seen[product].thinned(share, np.random.default_rng([self.config.seed, 5, number, product]))
+        return seen
 
     def first_inputs(self) -> list[Tokens]:
         """Some inputs of the training pairs, drawn by the seed."""
@@ -166,16 +180,18 @@ class BtBertTask:
 
     def inputs(self, products: Sequence[ProductTokens], units: Ints) -> list[Tokens]:
         """The inputs of (product, concern) units; the concern is -1 where a product is asked for all at once."""
+        if self.model.card.style == "shared":
+            return [self.tokens.shared(self.queries, products[product]) for product in units[:, 0].tolist()]
         return [self.tokens.pair(self.queries[concern] if concern >= 0 else None, products[product]).ids
                 for product, concern in units.tolist()]
 
     @torch.no_grad()
     def logits(self, products: Sequence[ProductTokens]) -> Floats:
         """Logits of P products for C concerns with the weights as they are, float32 (P, C)."""
-        count = len(self.model.card.concerns)
-        units = units_of(np.ones((len(products), count), np.float32), self.config.mode == "explicit")
+        count, whole = len(self.model.card.concerns), self.model.card.whole
+        units = units_of(np.ones((len(products), count), np.float32), whole)
         ids = self.inputs(products, units)
-        out = np.zeros((len(units), count) if self.config.mode == "explicit" else len(units), dtype=np.float32)
+        out = np.zeros((len(units), count) if whole else len(units), dtype=np.float32)
         order = np.argsort([-len(one) for one in ids], kind="stable")
         for batch in batches(order, [len(one) for one in ids], EVALUATED_TOKENS) if len(ids) else ():
             out[batch] = self.model([ids[place] for place in batch]).float().cpu().numpy()
@@ -210,11 +226,12 @@ def build_task(config: FinetuneBtBertConfig, concerns: tuple[Concern, ...], trai
     if known:
         train = replayed(train, [one.name in known for one in concerns], config.replay, config.seed)
     task = BtBertTask(config, model, train, valid)
+    model.eval()        # what follows measures the model without dropout; the loop trains it
     if known:
         model.recenter(task.first_inputs())
     else:
         share = torch.from_numpy(train.positive_share())
-        model.start(task.first_inputs(), share if config.mode == "explicit" else share.mean())
+        model.start(task.first_inputs(), share if config.mode == "explicit" else share.mean(), config.head_rate)
     return task
 
 
@@ -232,9 +249,9 @@ def replayed(pairs: ConcernPairs, known: Sequence[bool], share: float, seed: int
     return ConcernPairs(pairs.product_ids, pairs.ingredients, pairs.titles, pairs.targets, weights_PC)
 
 
-def units_of(weights_PC: Floats, explicit: bool) -> Ints:
-    """(product, concern) of every pair that counts, (U, 2); of an explicit model (product, -1) of every product."""
-    if explicit:
+def units_of(weights_PC: Floats, whole: bool) -> Ints:
+    """(product, concern) of every pair that counts, (U, 2); `whole`: (product, -1) of every product that has one."""
+    if whole:
         products = np.flatnonzero((weights_PC > 0).any(axis=1))
         return np.stack([products, np.full_like(products, -1)], axis=1).astype(np.int64)
     return np.argwhere(weights_PC > 0).astype(np.int64)
@@ -253,10 +270,11 @@ def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     return (F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none") * weights).sum()
 
 
-def mean_over_workers(raw_N: Tensor) -> Tensor:
-    """The mean of the rows of all workers, ()."""
-    total = sum_over_workers(torch.stack([raw_N.sum(), torch.tensor(float(len(raw_N)), device=raw_N.device)]))
-    return total[0] / total[1]
+def mean_over_workers(rows: Tensor) -> Tensor:
+    """The mean over the first axis of all workers' rows."""
+    counted = torch.cat([rows.sum(dim=0).reshape(-1), rows.new_tensor([len(rows)])])
+    total = sum_over_workers(counted)
+    return (total[:-1] / total[-1]).reshape(rows.shape[1:])
 
 
 def _of_units(values_PC: Floats, units: Ints) -> Tensor:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from recsys_ray.models.bt_bert import BtBert, BtBertCard, Calibration, Concern, Mode, read_card
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer
+from recsys_ray.models.fronts import Fronts, hub_inputs
 from recsys_ray.models.sentence_layout import EncoderError
 from recsys_ray.models.trainable_bert import TrainableOptions
 
@@ -35,17 +36,19 @@ def inputs_of(model: BtBert) -> list[Any]:
     if model.card.mode == "explicit":
         return [tokens.pair(None, one).ids for one in products]
     queries = [tokens.query(one.query) for one in CONCERNS]
+    if model.card.style == "shared":
+        return [tokens.shared(queries, one) for one in products]
     return [tokens.pair(query, one).ids for one in products for query in queries]
 
 
-def attention_of_hub(root: Path, ids: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def attention_of_hub(root: Path, ids: Any, fronts: Fronts | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(scores before, weights after the softmax) of token 0 for itself in the last layer, (H,) each."""
     from transformers import AutoModel
 
     hub = AutoModel.from_pretrained(str(root), attn_implementation="eager").eval()
     with torch.no_grad():
         found = hub(input_ids=torch.from_numpy(ids.astype(np.int64))[None], output_attentions=True,
-                    output_hidden_states=True)
+                    output_hidden_states=True, **hub_inputs(fronts, len(ids)))
         mixer, state = hub.encoder.layer[-1].attention.self, found.hidden_states[-2][0, 0]
         heads = hub.config.num_attention_heads
         query, key = mixer.query(state).view(heads, -1), mixer.key(state).view(heads, -1)
@@ -69,6 +72,25 @@ def test_logits_are_made_of_the_hubs_own_attention(tiny_text_model: Callable[...
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_a_shared_product_is_answered_as_each_pair_alone(tiny_text_model: Callable[..., Path]) -> None:
+    """By the hub's attentions of one query and the product, which does not see it."""
+    root = tiny_text_model()
+    for mode in ("presoftmax", "affine16", "logodds"):
+        model = model_of(root, mode, "shared")
+        tokens = model.tokenizer()
+        queries = [tokens.query(one.query) for one in CONCERNS]
+        raw_NC = model.raw(inputs_of(model)).detach()
+        assert raw_NC.shape == (3, 2)
+        for product, row in zip(tokens.products(INGREDIENTS, TITLES), raw_NC, strict=True):
+            for query, found in zip(queries, row, strict=True):
+                ids = tokens.pair(query, product).ids
+                before, after = attention_of_hub(root, ids, Fronts(1, 3))
+                mean = after.mean()
+                wanted = {"presoftmax": before.sum(), "affine16": 16 * after.sum(),
+                          "logodds": torch.log(mean / (1 - mean))}[mode]
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_the_query_has_a_constant_place(tiny_text_model: Callable[..., Path]) -> None:
     root = tiny_text_model()
     tokens = model_of(root, "presoftmax").tokenizer()
@@ -88,6 +110,25 @@ def test_a_long_list_leaves_room_for_the_title(tiny_text_model: Callable[..., Pa
     pair = tokens.pair(tokens.query("a"), many)
     assert len(pair.ids) == 48
     assert np.array_equal(pair.ids[pair.ingredients.stop + 1:], many.title)
+
+
+def test_a_thinned_list_has_whole_ingredients_in_their_order(tiny_text_model: Callable[..., Path]) -> None:
+    tokens = model_of(tiny_text_model(), "presoftmax").tokenizer()
+    names = ["aqua", "salicylic acid", "zinc", "parfum", "glycerin"]
+    product = tokens.products([", ".join(names)], ["night cream"])[0]
+    whole = [tokens.products([name], [""])[0].ingredients.tolist() for name in names]
+    comma = [one for number, one in zip(product.numbers, product.ingredients.tolist(), strict=True)
+             if number == 0][len(whole[0]):]
+    seen = set()
+    for seed in range(20):
+        thin = product.thinned(0.4, np.random.default_rng(seed))
+        kept = tuple(sorted(set(thin.numbers.tolist())))
+        wanted = [token for number in kept for token in whole[number] + (comma if number < 4 else [])]
+        assert thin.ingredients.tolist() == wanted
+        assert len(thin.spans) == len(wanted)
+        seen.add(kept)
+    assert len(seen) > 10
+    assert 2 < np.mean([len(one) for one in seen]) < 4
 
 
 def test_a_query_that_does_not_fit_is_named(tiny_text_model: Callable[..., Path]) -> None:
@@ -131,6 +172,8 @@ def test_training_takes_a_running_mean_off_and_saves_the_same_model(tiny_text_mo
     model = model_of(tiny_text_model(), mode)
     ids = inputs_of(model)
     model.start(ids, torch.tensor(0.2))
+    with torch.no_grad():
+        model.key.weight.add_(0.1 * torch.randn_like(model.key.weight))     # as learned: they may start at zero
     told = {name: one.clone() for name, one in model.head().items()}
     model.take_head(model.card, told)           # as a trained model is opened to learn more
     before = model(ids).detach()
@@ -149,12 +192,36 @@ def test_training_takes_a_running_mean_off_and_saves_the_same_model(tiny_text_mo
     torch.testing.assert_close(head["scale"] * raw + head["bias"], model(ids), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("mode", "kept"), [("presoftmax", 0.0), ("explicit", 1.0)])
+def test_what_moves_a_concerns_scores_together_counts_less(tiny_text_model: Callable[..., Path], mode: str, kept: float
+                                                           ) -> None:
+    """Of the gradient: a tenth of each concern's mean is left; of the mean of all nothing where a mean is taken off."""
+    model = model_of(tiny_text_model(), mode, "shared").train()
+    got: list[torch.Tensor] = []
+    original = model.raw
+
+    def raw(ids: Any) -> torch.Tensor:
+        found = original(ids) + torch.zeros((), requires_grad=True)
+        found.retain_grad()
+        got.append(found)
+        return found
+
+    model.raw = raw  # type: ignore[method-assign]
+    ids = inputs_of(model)
+    asked = torch.tensor([[1.0, 3.0], [2.0, 3.0], [6.0, 0.0]])
+    (model(ids) * asked).sum().backward()
+    means = asked.mean(dim=0)
+    wanted = asked - means + 0.1 * (means - (1 - kept) * means.mean())
+    torch.testing.assert_close(got[0].grad, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["paper", "shared"])
 @pytest.mark.parametrize("mode", get_args(Mode))
 def test_a_saved_model_scores_the_same_and_is_an_ordinary_folder(tiny_text_model: Callable[..., Path], mode: str,
-                                                                 tmp_path: Path) -> None:
+                                                                 layout: str, tmp_path: Path) -> None:
     from transformers import AutoModel
 
-    model = model_of(tiny_text_model(), mode)
+    model = model_of(tiny_text_model(), mode, layout)
     ids = inputs_of(model)
     model.start(ids, torch.tensor(0.3))
     with torch.no_grad():

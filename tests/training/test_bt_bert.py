@@ -100,10 +100,12 @@ def test_the_artefact_holds_a_model_that_scores(uninterrupted: Artifact) -> None
     assert np.isfinite(found).all()
 
 
-@pytest.mark.parametrize("mode", ["presoftmax", "logodds", "affine16", "explicit"])
-def test_every_mode_learns(labels: Path, model: Path, tmp_path: Path, mode: str) -> None:
-    settings = settings_of(labels, model, tmp_path / "model", mode=mode, max_steps=400, epochs=99, evaluate_every=100,
-                           checkpoint_every=500, optim={"learning_rate": 4e-3, "betas": [0.9, 0.95]})
+@pytest.mark.parametrize(("mode", "layout"), [("presoftmax", "paper"), ("presoftmax", "shared"), ("logodds", "paper"),
+                                              ("affine16", "paper"), ("explicit", "paper")])
+def test_every_mode_learns(labels: Path, model: Path, tmp_path: Path, mode: str, layout: str) -> None:
+    settings = settings_of(labels, model, tmp_path / "model", mode=mode, layout=layout, max_steps=400, epochs=99,
+                           evaluate_every=100, checkpoint_every=500,
+                           optim={"learning_rate": 4e-3, "betas": [0.9, 0.95]})
     facts = finetune_here(settings).manifest.facts
     assert facts["best_value"] > max(0.8, facts["base_value"] + 0.1)
 
@@ -195,7 +197,7 @@ def test_replay_keeps_a_share_of_the_known_concerns_pairs() -> None:
     pairs = pairs_of([[1, 0]] * 40, [[1, 1]] * 40)
     for share in (0.0, 0.25, 1.0):
         assert replayed(pairs, [True, False], share, 7).weights.sum(axis=0).tolist() == [40 * share, 40]
-    assert len(units_of(replayed(pairs, [True, False], 0.25, 7).weights, explicit=False)) == 50
+    assert len(units_of(replayed(pairs, [True, False], 0.25, 7).weights, whole=False)) == 50
 
 
 def test_a_new_concern_is_learned_by_a_model_that_knows_others(labels: Path, model: Path, tmp_path: Path) -> None:
@@ -229,11 +231,11 @@ def test_average_precision_is_left_out_where_there_is_none() -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(240)
-def test_two_workers_end_with_the_loss_curve_of_one(labels: Path, model: Path, tmp_path: Path, local_ray: object,
-                                                    uninterrupted: Artifact) -> None:
-    shared = finetune_bt_bert(settings_of(labels, model, tmp_path / "model",
-                                          workers={"count": 2, "cpus": 0.5, "threads": 1}))
-    ours, theirs = curve(shared), curve(uninterrupted)
+def test_two_workers_end_with_the_loss_curve_of_one(labels: Path, model: Path, tmp_path: Path, local_ray: object
+                                                    ) -> None:
+    settings = settings_of(labels, model, tmp_path / "model", layout="shared", ingredient_dropout=0.2)
+    both = finetune_bt_bert(settings.replace(workers={"count": 2, "cpus": 0.5, "threads": 1}))
+    ours, theirs = curve(both), curve(finetune_here(settings.replace(output=tmp_path / "alone")))
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
