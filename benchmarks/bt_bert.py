@@ -77,6 +77,7 @@ class JobConfig(Config):
     seeds: dict[str, tuple[int, ...]]                   # of each recipe
     finetune: dict[str, Any] = Field(default_factory=dict)      # of every recipe
     cpu_seconds: float = Field(gt=0)                    # of one training on all products
+    row_cpu_seconds: dict[str, float] = Field(default_factory=dict)     # of recipes that need more, or less
     low_shares: tuple[float, ...] = (0.5, 0.25, 0.125)
     low_rows: tuple[str, ...] = ("presoftmax", "explicit")
     new_concerns: tuple[str, ...] = ("eyebag", "age")
@@ -146,12 +147,18 @@ def is_made(config: JobConfig, name: str) -> bool:
     return not waiting or current_version(config.work / "models" / name) is not None
 
 
+def budget(config: JobConfig, row: str) -> float:
+    """The CPU seconds of one training of a recipe on all products."""
+    return config.row_cpu_seconds.get(row, config.cpu_seconds)
+
+
 def _identity(config: JobConfig, name: str) -> dict[str, Any]:
     kind, row, *_ = name.split("/")
     known = {"code": [TRAINING_VERSION, LABELS_VERSION], "shop": config.shop.identity(),
              "generator": [GENERATOR_VERSION, generator_hash()], "cell": name,
              "split": config.split.model_dump(mode="json"), "common": config.finetune,
-             "cpu_seconds": config.cpu_seconds, "row": config.rows[config.low_rows[0] if kind == "new" else row]}
+             "cpu_seconds": budget(config, config.low_rows[0] if kind == "new" else row),
+             "row": config.rows[config.low_rows[0] if kind == "new" else row]}
     if kind == "new":
         known["new"] = list(config.new_concerns)
     if kind in ("rules", "why", "robust"):
@@ -229,7 +236,7 @@ def _make_cell(config: JobConfig, name: str) -> None:
         labels = "rules" if kind == "rules" else "annotated"
         share = float(rest[0]) if kind == "low" else 1.0
         seed = 1 if kind == "low" else int(rest[0])
-        model, facts = _train(config, name, labels, row, seed, config.cpu_seconds * share, train_share=share)
+        model, facts = _train(config, name, labels, row, seed, budget(config, row) * share, train_share=share)
         document = {"training": facts, **_probabilities(model, _tested(_labels(config, labels)))}
     write_cell(cell_file(config, name), _identity(config, name), {"cell": name, "cpu_seconds": time.process_time(),
                                                                   **document})
@@ -278,7 +285,8 @@ def _probabilities(model: Path, products: pa.Table, concerns: Sequence[Concern] 
 def _base(config: JobConfig) -> tuple[Path, dict[str, Any]]:
     """A model of the old concerns alone."""
     old = [name for name in _labels(config).manifest.facts["concerns"] if name not in config.new_concerns]
-    return _train(config, f"new/{WAYS[0]}", "annotated", config.low_rows[0], 1, config.cpu_seconds, concerns=tuple(old))
+    row = config.low_rows[0]
+    return _train(config, f"new/{WAYS[0]}", "annotated", row, 1, budget(config, row), concerns=tuple(old))
 
 
 def _extended(config: JobConfig, way: str) -> dict[str, Any]:

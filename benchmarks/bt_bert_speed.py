@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from recsys_ray.models.bt_bert_input import fronts_of
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer
+from recsys_ray.models.fronts import hub_inputs
 from recsys_ray.models.sentence_layout import find_model
 
 BATCH = 32
@@ -47,11 +49,15 @@ def speed(model: Path, ingredients: Sequence[str], titles: Sequence[str], labels
 
 def _plain(model: Path, scorer: BtBertScorer, ingredients: Sequence[str], titles: Sequence[str], dtype: torch.dtype
            ) -> Callable[[], Any]:
-    """Tokenise, pad each batch to its longest, run every layer, and read the scores of token 0 off the last layer."""
+    """Tokenise, pad each batch to its longest, run every layer, and read the scores of token 0 off the last layer.
+
+    An input is a pair; where the model's products do not see the query, a mask says so.
+    """
     from transformers import AutoModel
 
     hub = AutoModel.from_pretrained(str(find_model(str(model), "bt_bert")), dtype=dtype, local_files_only=True).eval()
     heads, last = hub.config.num_attention_heads, hub.encoder.layer[-1].attention.self
+    fronts = fronts_of(scorer.card.style, 1)
 
     @torch.inference_mode()
     def logits() -> Any:
@@ -65,7 +71,11 @@ def _plain(model: Path, scorer: BtBertScorer, ingredients: Sequence[str], titles
             mask = torch.zeros_like(padded)
             for row, one in enumerate(some):
                 padded[row, :len(one)], mask[row, :len(one)] = torch.from_numpy(one.astype(np.int64)), 1
-            found = hub(input_ids=padded, attention_mask=mask, output_hidden_states=True)
+            told = {"attention_mask": mask} | hub_inputs(fronts, padded.shape[1])
+            if fronts is not None:
+                unseen = torch.zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None]
+                told["attention_mask"] = (told["attention_mask"] + unseen).to(dtype)
+            found = hub(input_ids=padded, output_hidden_states=True, **told)
             first = found.hidden_states[-2][:, 0]
             query, key = (part(first).view(len(some), heads, -1).float() for part in (last.query, last.key))
             out.append((query * key).sum(-1).sum(-1) * query.shape[-1] ** -0.5)
