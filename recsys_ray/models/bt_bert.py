@@ -197,11 +197,16 @@ class BtBert(nn.Module):
     def _balanced(self, gradient: Tensor) -> Tensor:
         """The gradient of a batch's raw scores with less of what would move those of a concern, or all, together.
 
-        It has the same sign for a concern's mean, so where that is right stays where it was.
+        It keeps the sign of a concern's mean, so what is right for it stays right. Pairs that do not count, whose
+        gradient is zero, are left alone.
         """
+        counted = (gradient != 0).to(gradient.dtype)
+        share = self.mean_of(counted)
         if gradient.ndim == 2:
-            gradient = gradient - (1 - TOGETHER) * self.mean_of(gradient)
-        return gradient if self.card.mode == "explicit" else gradient - self.mean_of(gradient).mean()
+            gradient = gradient - (1 - TOGETHER) * counted * self.mean_of(gradient) / share.clamp(min=EPSILON)
+        if self.card.mode == "explicit":
+            return gradient
+        return gradient - counted * self.mean_of(gradient).mean() / share.mean().clamp(min=EPSILON)
 
     def raw(self, token_ids: Sequence[Tokens]) -> Tensor:
         """What the network gives before its learned scale and bias: float32 (N,), or (N, C) of whole products."""

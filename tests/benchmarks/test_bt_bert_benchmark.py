@@ -53,3 +53,13 @@ def test_a_cell_is_made_again_for_other_settings_and_for_a_model_that_others_sti
         make(benchmark, config, name)
     elsewhere = config.replace(work=tmp_path / "elsewhere")
     assert benchmark.is_made(elsewhere, "new/base")         # nothing begins from it any more
+
+
+def test_a_recipe_may_have_a_budget_of_its_own(benchmark: ModuleType, tmp_path: Path) -> None:
+    config = config_of(benchmark, tmp_path)
+    for name in ("model/affine16/1", "model/logodds/1"):
+        make(benchmark, config, name)
+    other = config_of(benchmark, tmp_path, "row_cpu_seconds.affine16=7")
+    assert (benchmark.budget(other, "affine16"), benchmark.budget(other, "explicit")) == (7, config.cpu_seconds)
+    assert not benchmark.is_made(other, "model/affine16/1")
+    assert benchmark.is_made(other, "model/logodds/1")

@@ -195,7 +195,10 @@ def test_training_takes_a_running_mean_off_and_saves_the_same_model(tiny_text_mo
 @pytest.mark.parametrize(("mode", "kept"), [("presoftmax", 0.0), ("explicit", 1.0)])
 def test_what_moves_a_concerns_scores_together_counts_less(tiny_text_model: Callable[..., Path], mode: str, kept: float
                                                            ) -> None:
-    """Of the gradient: a tenth of each concern's mean is left; of the mean of all nothing where a mean is taken off."""
+    """Of the gradient: a tenth of each concern's mean is left; of the mean of all nothing where a mean is taken off.
+
+    The last pair does not count: its gradient stays zero, and it is in no mean.
+    """
     model = model_of(tiny_text_model(), mode, "shared").train()
     got: list[torch.Tensor] = []
     original = model.raw
@@ -210,8 +213,10 @@ def test_what_moves_a_concerns_scores_together_counts_less(tiny_text_model: Call
     ids = inputs_of(model)
     asked = torch.tensor([[1.0, 3.0], [2.0, 3.0], [6.0, 0.0]])
     (model(ids) * asked).sum().backward()
-    means = asked.mean(dim=0)
-    wanted = asked - means + 0.1 * (means - (1 - kept) * means.mean())
+    counted = (asked > 0).float()
+    wanted = counted * (asked - 0.9 * asked.sum(dim=0) / counted.sum(dim=0))
+    wanted = wanted - (1 - kept) * counted * wanted.sum() / counted.sum()
+    assert wanted[2, 1] == 0
     torch.testing.assert_close(got[0].grad, wanted, rtol=1e-4, atol=1e-5)
 
 
