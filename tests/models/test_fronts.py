@@ -35,8 +35,8 @@ def trainable(root: Path, **options: Any) -> TrainableBert:
 
 def test_what_sees_what() -> None:
     mask = Fronts(2, 2).mask(6)
-    assert (mask == 0).int().tolist() == [[1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 1, 1],
-                                          [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1]]
+    assert (mask == 0).int().tolist() == [[1, 1, 0, 0, 0, 1], [1, 1, 0, 0, 0, 1], [0, 0, 1, 1, 0, 1],
+                                          [0, 0, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1], [0, 0, 0, 0, 1, 1]]
     assert Fronts(2, 2).places(7).tolist() == [1, 2, 1, 2, 0, 3, 4]     # the body's first token is before them
     assert Fronts(2, 2).firsts == [0, 2]
 
