@@ -31,6 +31,7 @@ divides by its size learns nothing else. Against that
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ PUBLISHED_SCALE = 16.0
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "sentencepiece", "unigram")
 EPSILON = 1e-6
 FOLLOW = 0.1        # weight of a batch in the running mean of raw scores
-DIFFERENT = 0.5     # of an output's states is taken to differ between products; several times as much overshoots
+DIFFERENT = 0.25    # of an output's states is taken to differ between products; several times as much overshoots
 TOGETHER = 0.1      # of the gradient's part that moves all of a concern's scores together
 FIRST_SPREAD = 0.1  # of the logits after the softmax: what they differ by at first has nothing to do with the answer
 
@@ -187,7 +188,7 @@ class BtBert(nn.Module):
         if self.card.mode == "literal_softmax16":
             return PUBLISHED_SCALE * raw
         if self.training and raw.requires_grad:
-            raw.register_hook(self._balanced)
+            raw.register_hook(self._balanced)   # type: ignore[no-untyped-call]
         if self.card.mode == "explicit":
             return raw
         if self.training:
@@ -261,7 +262,7 @@ class BtBert(nn.Module):
             for parameter in self.key.parameters():
                 parameter.zero_()
             size = first_XD.shape[-1] // self.encoder.heads
-            return rate * DIFFERENT * size ** 0.5 * float(whole / (query * own + EPSILON))
+            return rate * DIFFERENT * math.sqrt(size) * float(whole / (query * own + EPSILON))
         spread = float(self.raw(token_ids).std(correction=0))
         return FIRST_SPREAD / spread if spread > EPSILON else 1.0
 
@@ -325,7 +326,8 @@ def self_attention(query_THd: Tensor, key_THd: Tensor, lengths: Sequence[int], f
     F: the first token of each of the fronts, or of the text alone.
     """
     firsts, found = [0] if fronts is None else fronts.firsts, []
-    for query_LHd, key_LHd in zip(query_THd.split(list(lengths)), key_THd.split(list(lengths)), strict=True):
+    sizes = list(lengths)
+    for query_LHd, key_LHd in zip(torch.split(query_THd, sizes), torch.split(key_THd, sizes), strict=True):
         scores_FHL = torch.einsum("fhd,lhd->fhl", query_LHd[firsts], key_LHd) * query_LHd.shape[-1] ** -0.5
         if fronts is not None:
             scores_FHL = scores_FHL + fronts.mask(len(key_LHd))[firsts, None].to(scores_FHL.device)
