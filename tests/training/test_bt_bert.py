@@ -104,7 +104,7 @@ def test_the_artefact_holds_a_model_that_scores(uninterrupted: Artifact) -> None
                                               ("affine16", "paper"), ("explicit", "paper")])
 def test_every_mode_learns(labels: Path, model: Path, tmp_path: Path, mode: str, layout: str) -> None:
     settings = settings_of(labels, model, tmp_path / "model", mode=mode, layout=layout, max_steps=400, epochs=99,
-                           evaluate_every=100, checkpoint_every=500,
+                           evaluate_every=100, checkpoint_every=500, head_rate=5,
                            optim={"learning_rate": 4e-3, "betas": [0.9, 0.95]})
     facts = finetune_here(settings).manifest.facts
     assert facts["best_value"] > max(0.8, facts["base_value"] + 0.1)
