@@ -56,7 +56,7 @@ PUBLISHED_SCALE = 16.0
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "sentencepiece", "unigram")
 EPSILON = 1e-6
 FOLLOW = 0.1        # weight of a batch in the running mean of raw scores
-DIFFERENT = 0.5     # of an output's states is taken to differ between products; half of it is slower, twice overshoots
+DIFFERENT = 0.5     # of an output's states is taken to differ between products; tried on validation: half was slower
 TOGETHER = 0.1      # of the gradient's part that moves all of a concern's scores together
 FIRST_SPREAD = 0.1  # of the logits after the softmax: what they differ by at first has nothing to do with the answer
 
