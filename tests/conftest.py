@@ -37,6 +37,26 @@ def real_data() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_clip(name)`: a random OpenCLIP network, registered as architecture `name`, in a checkpoint: its file."""
+    def write(name: str) -> Path:
+        import open_clip
+        import torch
+
+        root = tmp_path_factory.mktemp("clip")
+        (root / f"{name}.json").write_text(json.dumps({
+            "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16,
+                                            "patch_size": 16},
+            "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}))
+        open_clip.add_model_config(root)
+        torch.manual_seed(0)
+        torch.save(open_clip.create_model(name).state_dict(), root / "tiny.pt")
+        return root / "tiny.pt"
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def tiny_text_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`tiny_text_model(body="bert" | "xlm-roberta", pooling=..., prompts=..., seed=...)`: a directory.
 

@@ -9,9 +9,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from recsys_ray.artifacts import Artifact
+from recsys_ray.training.trackers import read_curve
+
 ROUNDING = 1e-4     # relative: a resumed process may add the same numbers in another order
 
 Curve = Sequence[Mapping[str, float]]
+
+
+def curve(artifact: Artifact) -> list[dict[str, float]]:
+    """Steps and evaluations without what depends on the clock."""
+    return [{name: value for name, value in line.items() if name not in ("seconds", "cpu_seconds")}
+            for line in read_curve(artifact.file("metrics.jsonl"))]
 
 
 def assert_same_curve(found: Curve, wanted: Curve, relative: float = ROUNDING) -> None:

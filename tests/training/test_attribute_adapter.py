@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from curves import assert_same_curve
+from curves import assert_same_curve, curve
 
 from recsys_ray.artifacts import Artifact, stage
 from recsys_ray.config import Config
@@ -24,7 +24,6 @@ from recsys_ray.schema import ATTRIBUTE_PAIR, ATTRIBUTE_ROW, embedding_schema
 from recsys_ray.training.attribute_adapter import AdapterData, FinetuneAttributeAdapterConfig, build_task
 from recsys_ray.training.attribute_adapter_run import finetune_attribute_adapter, finetune_here
 from recsys_ray.training.attribute_data import Items, Pairs, halves, label_pairs, split_places
-from recsys_ray.training.trackers import read_curve
 
 REPO = Path(__file__).resolve().parents[2]
 WIDTH, TEXT = 12, 5
@@ -110,11 +109,6 @@ def settings_of(artefacts: Path, output: Path, **changes: Any) -> FinetuneAttrib
         "optim": {"learning_rate": 1e-2}, "loss": {"attributes": 1, "noise": 0.5},
         "sampler": {"batch_size": 32, "boosts": {"material": {"denim": 3}}},
         "gate": {"min_units": 10}, "force": True, **changes})
-
-
-def curve(artifact: Artifact) -> list[dict[str, float]]:
-    return [{name: value for name, value in line.items() if name not in ("seconds", "cpu_seconds")}
-            for line in read_curve(artifact.file("metrics.jsonl"))]
 
 
 @pytest.fixture(scope="module")

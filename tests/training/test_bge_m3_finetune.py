@@ -16,7 +16,7 @@ import pytest
 import torch
 from bge_m3_cases import train
 from contrastive_cases import start_workers
-from curves import assert_same_curve, assert_same_weights
+from curves import assert_same_curve, assert_same_weights, curve
 from small_pairs import write_pairs
 
 from recsys_ray.artifacts import Artifact, current_version
@@ -67,11 +67,6 @@ def settings_of(pairs: Path, model: Path, output: Path, **changes: Any) -> dict[
 
 def finetuned(settings: dict[str, Any]) -> Artifact:
     return finetune_bge(FinetuneBgeConfig.model_validate(settings))
-
-
-def curve(artifact: Artifact) -> list[dict[str, float]]:
-    lines = read_curve(artifact.file("metrics.jsonl"))
-    return [{name: value for name, value in line.items() if name not in ("seconds", "cpu_seconds")} for line in lines]
 
 
 @pytest.fixture(scope="module")

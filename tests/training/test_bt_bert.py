@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pytest
-from curves import assert_same_curve
+from curves import assert_same_curve, curve
 
 from recsys_ray.artifacts import Artifact, open_artifact, stage
 from recsys_ray.config import Config, ConfigError
@@ -24,7 +24,6 @@ from recsys_ray.training.bt_bert import FinetuneBtBertConfig, average_precisions
 from recsys_ray.training.bt_bert_run import finetune_bt_bert, finetune_here
 from recsys_ray.training.calibration import best_threshold, calibrate
 from recsys_ray.training.concern_pairs import ConcernPairs, concerns_of, read_pairs
-from recsys_ray.training.trackers import read_curve
 
 REPO = Path(__file__).resolve().parents[2]
 ACTIVE = {"ac": "s", "re": "n", "ag": "r"}     # the letter among the ingredients that helps against each concern
@@ -73,12 +72,6 @@ def settings_of(labels: Path, model: Path, output: Path, **changes: Any) -> Fine
         "dtype": "float32", "workers": {"threads": 1},
         "max_tokens": 48, "max_steps": 12, "epochs": 9, "evaluate_every": 4, "checkpoint_every": 3,
         "sampler": {"batch_size": 16}, "optim": {"learning_rate": 2e-3, "betas": [0.9, 0.95]}, **changes})
-
-
-def curve(artifact: Artifact) -> list[dict[str, float]]:
-    """Steps and evaluations without what depends on the clock."""
-    return [{name: value for name, value in line.items() if name not in ("seconds", "cpu_seconds")}
-            for line in read_curve(artifact.file("metrics.jsonl"))]
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +24,8 @@ WORDS = {"p0": "a red dress", "p1": "blue jeans", "p2": "without a picture"}
 
 
 @pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
-    """A random OpenCLIP network of a small architecture, read from a checkpoint in the real format."""
-    import open_clip
-
-    root = tmp_path_factory.mktemp("clip")
-    (root / f"{ARCHITECTURE}.json").write_text(json.dumps({
-        "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}))
-    open_clip.add_model_config(root)
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model(ARCHITECTURE).state_dict(), root / "tiny.pt")
-    return ImageEncoder(ImageEncoderConfig(model=ARCHITECTURE, pretrained=str(root / "tiny.pt"), device="cpu",
+def encoder(tiny_clip: Callable[[str], Path]) -> ImageEncoder:
+    return ImageEncoder(ImageEncoderConfig(model=ARCHITECTURE, pretrained=str(tiny_clip(ARCHITECTURE)), device="cpu",
                                            dtype="float32"))
 
 

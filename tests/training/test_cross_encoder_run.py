@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from curves import assert_same_curve, assert_same_weights
+from curves import assert_same_curve, assert_same_weights, curve
 
 from recsys_ray.artifacts import Artifact, current_version, stage
 from recsys_ray.config import Config
@@ -22,7 +22,6 @@ from recsys_ray.schema import RERANKER_PAIR
 from recsys_ray.training.cross_encoder import FinetuneCrossEncoderConfig, draw_lists, list_figures
 from recsys_ray.training.cross_encoder_run import finetune_cross_encoder, finetune_here
 from recsys_ray.training.reranker_groups import RerankerGroups, read_groups
-from recsys_ray.training.trackers import read_curve
 
 REPO = Path(__file__).resolve().parents[2]
 TinyModel = Callable[..., Path]
@@ -63,12 +62,6 @@ def settings_of(pairs: Path, model: Path, output: Path, **changes: Any) -> dict[
     return {"pairs": str(pairs), "output": str(output), "model": str(model), "dtype": "float32", "device": "cpu",
             "max_tokens": 48, "max_steps": 10, "epochs": 9, "evaluate_every": 4, "checkpoint_every": 3,
             "sampler": {"batch_groups": 8}, "optim": {"learning_rate": 3e-3}, "validation": {"queries": 15}, **changes}
-
-
-def curve(artifact: Artifact) -> list[dict[str, float]]:
-    """Steps and evaluations without what depends on the clock."""
-    return [{name: value for name, value in line.items() if name not in ("seconds", "cpu_seconds")}
-            for line in read_curve(artifact.file("metrics.jsonl"))]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from curves import assert_same_curve, assert_same_weights
+from curves import assert_same_curve, assert_same_weights, curve
 from small_pairs import write_pairs
 
 from recsys_ray.artifacts import Artifact, current_version, open_artifact
@@ -46,12 +46,6 @@ def settings_of(pairs: Path, model: Path, output: Path, **changes: Any) -> dict[
             "dtype": "float32"}, "query_tokens": 16, "document_tokens": 32, "max_steps": 10, "epochs": 9,
             "evaluate_every": 4, "checkpoint_every": 3, "sampler": {"batch_size": 8}, "optim": {"learning_rate": 3e-3},
             "validation": {"queries": 10, "products": 20}, **changes}
-
-
-def curve(artifact: Artifact) -> list[dict[str, float]]:
-    """Steps and evaluations without what depends on the clock."""
-    lines = read_curve(artifact.file("metrics.jsonl"))
-    return [{name: value for name, value in line.items() if name not in ("seconds", "cpu_seconds")} for line in lines]
 
 
 @pytest.fixture(scope="module")

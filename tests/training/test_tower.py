@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from curves import assert_same_curve
+from curves import assert_same_curve, curve
 from PIL import Image
 from torch import nn
 
@@ -46,7 +46,6 @@ from recsys_ray.training.attribute_adapter_run import finetune_here
 from recsys_ray.training.attribute_data import Items, label_pairs
 from recsys_ray.training.tower import TowerConfig, TowerLora, TowerPass, TrainedTower, add_low_rank, merge_low_rank
 from recsys_ray.training.tower_pictures import Pictures
-from recsys_ray.training.trackers import read_curve
 
 SIDE, WIDTH, COUNT = 4, 6, 40
 KINDS = ("dress", "shirt", "shoes")
@@ -246,18 +245,9 @@ def test_a_trained_network_is_read_back_by_the_ordinary_loader(model: str, tmp_p
 
 # --- runs -----------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoderConfig:
-    """A random OpenCLIP network of a small architecture, in a checkpoint in the real format."""
-    import open_clip
-
-    root = tmp_path_factory.mktemp("clip")
-    (root / f"{ARCHITECTURE}.json").write_text(json.dumps({
-        "embed_dim": 16, "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}}))
-    open_clip.add_model_config(root)
-    torch.manual_seed(0)
-    torch.save(open_clip.create_model(ARCHITECTURE).state_dict(), root / "tiny.pt")
-    return ImageEncoderConfig(model=ARCHITECTURE, pretrained=str(root / "tiny.pt"), device="cpu", dtype="float32")
+def clip(tiny_clip: Callable[[str], Path]) -> ImageEncoderConfig:
+    return ImageEncoderConfig(model=ARCHITECTURE, pretrained=str(tiny_clip(ARCHITECTURE)), device="cpu",
+                              dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -290,11 +280,6 @@ def settings_of(vectors: Artifact, output: Path, **changes: Any) -> FinetuneAttr
         "optim": {"learning_rate": 1e-2}, "loss": {"attributes": 1, "noise": 0.1}, "force": True,
         "sampler": {"batch_size": 16, "distinct_groups": False}, "gate": {"min_units": 2},
         "tower": {"learning_rate": 1e-3, "at_once": 8}, **changes})
-
-
-def curve(artifact: Artifact) -> list[dict[str, float]]:
-    return [{name: value for name, value in line.items() if name not in ("seconds", "cpu_seconds")}
-            for line in read_curve(artifact.file("metrics.jsonl"))]
 
 
 @pytest.fixture(scope="module")
