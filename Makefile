@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 FAISS ?= cpu
 RUN := $(VENV)/bin/python
-BESIDE ?= --numprocesses 2 --dist loadfile  # two test files at a time; each process has a Ray of its own
+# two test files at a time, in the order tests/conftest.py gives them; each process has a Ray of its own
+BESIDE ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 JOB = $(RUN) jobs/$(1).py --config configs/$(1)/$(2).yaml
 
 .DEFAULT_GOAL := help

@@ -14,6 +14,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch: test files run b
 REPO = Path(__file__).resolve().parents[1]
 
 
+# Begun first, so that the two processes of `make test` end together; the longest of them take minutes.
+LONG_FILES = ("jobs/test_smoke.py", "training/test_launch.py", "training/test_sweep.py", "cluster/test_two_nodes.py",
+              "retrieval/test_embed.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first, each whole; the others in their order."""
+    rank = {REPO / "tests" / name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
+
+
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
     """One local Ray with 4 logical CPUs for the whole run."""
