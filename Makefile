@@ -116,7 +116,7 @@ realism: $(VENV)/.dev  ## the demo shop at full size beside real shops
 	$(call JOB,make_demo_shop,realistic_full)
 	$(call JOB,realism_card,full)
 
-results: $(VENV)/.demo  ## rewrite the README's tables from benchmarks/results
+results: $(VENV)/.demo  ## rewrite the tables of README.md and docs/results.md from benchmarks/results
 	$(RUN) benchmarks/tables.py
 
 cluster-up: $(VENV)/.demo  ## start a local Ray cluster with token authentication

@@ -100,6 +100,7 @@ def _modes(macro: Mapping[Any, Any], trained: Mapping[str, ConcernScores], sheet
     headline = {
         "macro_ap_presoftmax": mean[OURS], "macro_ap_explicit": mean[EXPLICIT],
         "macro_ap_oracle": macro["planted oracle", "AP"]["mean"],
+        "share_of_oracle": mean[OURS] / macro["planted oracle", "AP"]["mean"],
         "macro_ap_bag_of_ingredients": macro["bag of ingredients", "AP"]["mean"],
         "macro_ap_rules": macro["rules", "AP"]["mean"],
         "presoftmax_over_explicit_ci_low": min(one["low"] for one in against.values()),

@@ -7,8 +7,7 @@ Sides: `ours` (a `ServeConfig`), `naive` (sentence-transformers, FAISS, `CrossEn
 caller's.
 """
 
-from __future__ import annotations
-
+# no postponed annotations: in a replica FastAPI could not resolve them, since the routes travel there by value
 import json
 import socket
 import sys

@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed results, and its commands exist."""
+"""The figures of the README and docs/results.md are those of the committed results, and the commands exist."""
 
 from __future__ import annotations
 
@@ -37,6 +37,25 @@ def test_a_table_shows_the_figures_of_its_result(tmp_path: Path) -> None:
     assert "old" not in made
     assert made.startswith("before\n")
     assert made.endswith("\nafter")
+
+
+def test_a_goal_is_met_or_missed_or_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "demo.json").write_text(json.dumps({"headline": {"s": 0.123}}))
+    goals = [["A", "more", "demo", "s", ".1%", ">= 12%"], ["", "less", "demo", "s", ".2f", "< 0.1"],
+             ["", "none", "demo", "s", ".2f", ""], ["", "gone", "absent", "s", ".2f", "> 0"]]
+    page = load_tables().rewrite("<!-- table: all -->\n<!-- /table -->", {"all": {"goals": goals}},  # type: ignore[attr-defined]
+                                 tmp_path)
+    assert "| A | more | 12.3% | >= 12% | met |" in page
+    assert "|  | less | 0.12 | < 0.1 | **missed** |" in page
+    assert "|  | none | 0.12 |  |  |" in page
+    assert "|  | gone | not measured | > 0 |  |" in page
+
+
+def test_every_result_is_shown() -> None:
+    shown = (REPO / "docs" / "results.md").read_text("utf-8")
+    results = {path.stem for path in (REPO / "benchmarks" / "results").glob("*.json")}
+    assert results
+    assert not {name for name in results if f"<!-- table: {name} -->" not in shown}
 
 
 def test_every_make_command_in_the_readme_exists() -> None:
