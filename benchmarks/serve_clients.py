@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,8 @@ from typing import Any
 import httpx
 import numpy as np
 import psutil
+
+from recsys_ray.runtime import free_ports
 
 SIDES = Path(__file__).resolve().with_name("serve_sides.py")
 
@@ -62,7 +63,7 @@ def running(task: Mapping[str, Any], directory: Path, env: Mapping[str, str]) ->
     """A side of `serve_sides.py`, ready; it ends with the block. Its log is `directory/<name>.log`."""
     directory.mkdir(parents=True, exist_ok=True)
     path, log = directory / f"{task['name']}.json", directory / f"{task['name']}.log"
-    path.write_text(json.dumps({**task, "port": free_port()}), encoding="utf-8")
+    path.write_text(json.dumps({**task, "port": free_ports(1)[0]}), encoding="utf-8")
     with log.open("ab") as stream:
         process = subprocess.Popen([sys.executable, str(SIDES), str(path)], stdin=subprocess.PIPE,
                                    stdout=subprocess.PIPE, stderr=stream, env={**os.environ, **env})
@@ -85,13 +86,6 @@ def running(task: Mapping[str, Any], directory: Path, env: Mapping[str, str]) ->
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def closed_loop(url: str, bodies: Sequence[bytes], clients: int) -> list[Answered]:

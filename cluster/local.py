@@ -16,18 +16,19 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from recsys_ray.runtime import free_ports
 
 DEFAULT_STATE = Path(__file__).resolve().parents[1] / ".cluster"
 START_TIMEOUT_S = 90
@@ -48,7 +49,8 @@ def up(state_dir: Path, nodes: int = 1, cpus: int = 4) -> dict[str, str]:
     state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     token_file = _write_token(state_dir / "token")
     temp_dir = Path(tempfile.mkdtemp(prefix="rr-"))  # short: socket paths must stay under 107 bytes
-    ports = free_ports([f"{name}-{node}" for node in range(nodes) for name in PORTS])
+    names = [f"{name}-{node}" for node in range(nodes) for name in PORTS]
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
     state: dict[str, Any] = {"temp_dir": str(temp_dir), "processes": []}
     _write_private(state_dir / "state.json", json.dumps(state))
     env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file),
@@ -107,17 +109,6 @@ def end_processes(processes: list[psutil.Process]) -> None:
         deadline = time.monotonic() + STOP_TIMEOUT_S
         while any(map(_is_running, processes)) and time.monotonic() < deadline:
             time.sleep(0.1)
-
-
-def free_ports(names: list[str]) -> dict[str, int]:
-    """One free TCP port of 127.0.0.1 for each name, all different."""
-    ports = {}
-    with ExitStack() as stack:
-        for name in names:
-            probe = stack.enter_context(socket.socket())
-            probe.bind(("127.0.0.1", 0))
-            ports[name] = probe.getsockname()[1]
-    return ports
 
 
 def _start_node(node: int, cpus: int, ports: dict[str, int], temp_dir: Path, state_dir: Path,

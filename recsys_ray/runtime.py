@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import ray
@@ -24,6 +26,7 @@ UNSAFE_SWITCHES = (   # each lets Ray Data unpickle what a file says
     "RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA", "RAY_DATA_AUTOLOAD_PYEXTENSIONTYPE",
     "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR", "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION",
 )
+PORTS = range(15_000, 30_000)   # below those that the kernel gives away: a Ray that starts takes them by the dozen
 
 
 class RayConfig(Config):
@@ -112,3 +115,21 @@ def _configure_data(config: RayConfig) -> None:
     context.enable_progress_bars = config.progress and sys.stderr.isatty()
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     context.execution_options.preserve_order = False  # tables carry ids; nothing may rely on order
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of 127.0.0.1 that nobody listens on, all different; `OSError` if there are not so many."""
+    found = list[int]()
+    with ExitStack() as stack:
+        for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+            if len(found) == count:
+                break
+            probe = stack.enter_context(socket.socket())
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            found.append(port)
+    if len(found) < count:
+        raise OSError(f"127.0.0.1 has {len(found)} free ports from {PORTS.start} to {PORTS.stop}, {count} are needed")
+    return found

@@ -139,8 +139,3 @@ def test_a_recorded_number_that_belongs_to_another_process_now_is_left_alone() -
     finally:
         other.kill()
         other.wait()
-
-
-def test_free_ports_differ() -> None:
-    ports = local.free_ports([str(number) for number in range(30)])
-    assert len(set(ports.values())) == 30

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ import pytest
 
 from recsys_ray.artifacts import Manifest, current_version, list_versions, open_artifact
 from recsys_ray.config import main
+from recsys_ray.runtime import free_ports
 
 pytestmark = pytest.mark.ray
 REPO = Path(__file__).resolve().parents[2]
@@ -437,7 +437,7 @@ def test_rollback(compacted: tuple[Manifest, Manifest]) -> None:
 
 
 def test_serve() -> None:
-    port, answers = free_port(), []
+    port, answers = free_ports(1)[0], []
     client = threading.Thread(target=ask_then_stop, args=(f"http://127.0.0.1:{port}", answers))
     client.start()
     assert run_job("serve", f"port={port}", "encoder=null", "retriever.mode=bm25") == 0   # run_shop serves with it
@@ -462,19 +462,13 @@ def ask_then_stop(url: str, answers: list[dict[str, Any]]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def test_run_shop(capsys: pytest.CaptureFixture[str]) -> None:
     """Everything is there already, so the whole flow makes nothing anew, and still answers its questions."""
     before = versions()
     assert before
     assert run_job("run_shop", *(f"flow.shop.{one}" for one in SHOP), "ranker.gbdt.rounds=20",
                    "ranker.gbdt.min_leaf=10", "ranker.samples=100", "images.workers=1", "images.encoder.device=cpu",
-                   f"serve.port={free_port()}") == 0
+                   f"serve.port={free_ports(1)[0]}") == 0
     now = versions()
     assert {path: now[path] for path in before if "evaluation" not in path} == {
         path: version for path, version in before.items() if "evaluation" not in path}

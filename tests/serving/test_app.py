@@ -42,6 +42,7 @@ from recsys_ray.ranking.rerank import RerankConfig
 from recsys_ray.retrieval.fusion import FusionConfig
 from recsys_ray.retrieval.retriever import RetrieverConfig
 from recsys_ray.retrieval.segments import open_index
+from recsys_ray.runtime import free_ports
 from recsys_ray.serving import deployments
 from recsys_ray.serving.api import SearchRequest, parse
 from recsys_ray.serving.app import base_url, build_app, divide, run, segment_rows, serving
@@ -52,12 +53,6 @@ from recsys_ray.serving.recommender import Recommender
 
 REPO = Path(__file__).resolve().parents[2]
 BM25 = RETRIEVER.replace(mode="bm25")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- without Ray ----------------------------------------------------------------------------------
@@ -166,7 +161,7 @@ def real_index(tmp_path_factory: pytest.TempPathFactory) -> RealIndex:
 
 @pytest.fixture(scope="module")
 def service(local_ray: None, real_index: RealIndex) -> Iterator[httpx.Client]:
-    config = ServeConfig(index=real_index.root, retriever=RETRIEVER, limits=LIMITS, port=free_port(),
+    config = ServeConfig(index=real_index.root, retriever=RETRIEVER, limits=LIMITS, port=free_ports(1)[0],
                          deadline_ms=10_000, pictures=build_real_hybrid(real_index.root.parent, real_index.root))
     with serving(config) as url, httpx.Client(base_url=url, timeout=60) as http:
         yield http
@@ -325,7 +320,7 @@ def test_a_damaged_index_does_not_become_ready_and_says_why(local_ray: None, ser
 
 @pytest.mark.ray
 def test_the_job_serves_until_it_is_told_to_stop_and_leaves_nothing(small_index: Path, tmp_path: Path) -> None:
-    port = free_port()
+    port = free_ports(1)[0]
     overrides = [f"index={small_index}", "encoder=null", "retriever.mode=bm25", f"port={port}", "ray.progress=false"]
     env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     job = subprocess.Popen([sys.executable, "jobs/serve.py", "--config", "configs/serve/demo.yaml", *overrides],

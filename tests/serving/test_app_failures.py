@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import psutil
 import pytest
 from small_shop import LIMITS, RETRIEVER, body
 
+from recsys_ray.runtime import free_ports
 from recsys_ray.serving.app import serving
 from recsys_ray.serving.config import ServeConfig, Stage, Stages
 
@@ -28,9 +28,7 @@ CLIENTS = 4
 @pytest.fixture(scope="module")
 def url(local_ray: None, small_index: Path) -> Iterator[str]:
     """A service without an encoder: two shards of two replicas each."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_ports(1)[0]
     config = ServeConfig(index=small_index, encoder=None, retriever=RETRIEVER.replace(mode="bm25"), limits=LIMITS,
                          shards=2, stages=Stages(shard=Stage(replicas=2)), port=port,
                          deadline_ms=int(DEADLINE_S * 1000))

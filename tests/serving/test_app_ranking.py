@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from recsys_ray.config import Config
 from recsys_ray.models.cross_encoder import CrossEncoderConfig
 from recsys_ray.ranking.recommenders import Recommender as FittedRecommender
 from recsys_ray.ranking.rerank import RerankConfig, Reranker
+from recsys_ray.runtime import free_ports
 from recsys_ray.serving.api import RecommendRequest, SearchRequest, parse
 from recsys_ray.serving.app import serving
 from recsys_ray.serving.config import EventsConfig, RecommendConfig, ServeConfig, Stage, Stages
@@ -48,9 +48,7 @@ def ranked(real_index: RealIndex, tiny_pair_model: Callable[..., Path], tmp_path
         files = [staging.entry(f"ease/{name}") for name in model.save(staging.path / "ease")]
         staging.commit(files, config=Config(), facts={"chosen": {"ease": {}}})
     rerank = RerankConfig(gbdt=work / "gbdt", cross_encoder=cross, depth=60)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_ports(1)[0]
     return ServeConfig(
         index=real_index.root, retriever=RETRIEVER, limits=LIMITS, deadline_ms=10_000, port=port, rerank=rerank,
         recommend=RecommendConfig(artifact=work / "recommenders", rerank=rerank), log_queries=True,
