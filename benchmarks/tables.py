@@ -65,10 +65,15 @@ def _verdict(value: float | None, goal: str) -> str:
 
 
 def _record_lines(layout: dict[str, Any], tables: dict[str, Any]) -> list[str]:
-    """A list of the result, one line an entry; `at` and the columns' keys are dotted, the first column is a name."""
+    """A list of the result, one line an entry that is as `where` says.
+
+    `at` and the columns' keys are dotted; the first column is a name.
+    """
     columns = layout["columns"]
     lines = [f"| {' | '.join(label for label, _, _ in columns)} |", f"| ---{' | ---:' * (len(columns) - 1)} |"]
     for record in _value(tables, layout["at"]):
+        if any(record[key] != value for key, value in layout.get("where", {}).items()):
+            continue
         values = [(_value(record, key), form) for _, key, form in columns]
         lines.append(f"| {' | '.join('' if value is None else format(value, form) for value, form in values)} |")
     return lines
