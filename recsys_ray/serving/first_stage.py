@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from recsys_ray.artifacts import ArtifactError, open_artifact
+from recsys_ray.artifacts import Artifact, ArtifactError, open_artifact
 from recsys_ray.ranking.train_recommenders import KIND, open_recommender
 
 Floats = npt.NDArray[np.float32]
@@ -51,19 +51,27 @@ class FirstStage:
         return Suggestion(items, scores, self.name if known else FALLBACK, len(known), len(items) < count)
 
 
+def open_recommender_artifact(path: Path) -> Artifact:
+    """The `recommenders` or `sequence_model` artefact at a root; `ArtifactError` for neither."""
+    try:
+        return open_artifact(path, KIND)
+    except ArtifactError as error:
+        from recsys_ray.training.sequence import KIND as SEQUENCE_KIND
+
+        try:
+            return open_artifact(path, SEQUENCE_KIND)
+        except ArtifactError:
+            raise error from None
+
+
 def open_first_stage(artifact: Path, name: str) -> FirstStage:
     """The recommender `name` of a `recommenders` artefact, or the model of a `sequence_model` artefact.
 
     Errors: `ArtifactError` for neither, `ValueError` for a name that the artefact lacks.
     """
-    from recsys_ray.training.sequence import KIND as SEQUENCE_KIND
+    found = open_recommender_artifact(artifact)
+    if found.manifest.kind == KIND:
+        return FirstStage(open_recommender(found, name), name)  # type: ignore[arg-type]
     from recsys_ray.training.sequence import open_sequence_model
 
-    try:
-        found = open_artifact(artifact, KIND)
-    except ArtifactError as error:
-        try:
-            return FirstStage(open_sequence_model(open_artifact(artifact, SEQUENCE_KIND)), "sequence")
-        except ArtifactError:
-            raise error from None
-    return FirstStage(open_recommender(found, name), name)  # type: ignore[arg-type]
+    return FirstStage(open_sequence_model(found), "sequence")

@@ -186,6 +186,23 @@ def history_query(history: Sequence[str], cards: Sequence[Row]) -> str:
     return likes_text([f"{one['title']} by {one['brand']}" if one["brand"] else str(one["title"]) for one in latest])
 
 
+def context_of(index: Index, history: Sequence[str]) -> str:
+    """`history_query` over an index that is open here."""
+    return history_query(history, ask_cards(index, row_ids(history), Filters()))
+
+
+def first_list(index: Index, first: FirstStage, history: Sequence[str], seen: Sequence[str], filters: Filters,
+               depth: int) -> tuple[Suggestion, Shortlist]:
+    """(what the recommender says of a history, the at most `depth` best of it that may be shown)."""
+    count = depth
+    while True:
+        suggestion = first.suggest(history, count)
+        found = suggested(suggestion, ask_cards(index, row_ids(suggestion.product_ids), filters), seen, depth)
+        if len(found.cards) == depth or suggestion.complete:
+            return suggestion, found
+        count *= 4
+
+
 def recommended(found: Shortlist, ordered: Ordered | None, suggestion: Suggestion, request: RecommendRequest
                 ) -> dict[str, Any]:
     """The fields of an answer to a history."""
@@ -305,18 +322,12 @@ class Recommender:
     def recommend(self, first: FirstStage, request: RecommendRequest, depth: int, reranker: Reranker | None = None
                   ) -> dict[str, Any]:
         """What follows a history: `items`, `candidates`, `source`, `fallback`, `known`."""
-        filters, count = known_filters(request, self.index.concerns), depth
-        while True:
-            suggestion = first.suggest(request.history, count)
-            cards = ask_cards(self.index, row_ids(suggestion.product_ids), filters)
-            found = suggested(suggestion, cards, request.seen, depth)
-            if len(found.cards) == depth or suggestion.complete:
-                break
-            count *= 4
+        filters = known_filters(request, self.index.concerns)
+        suggestion, found = first_list(self.index, first, request.history, request.seen, filters, depth)
         if reranker is None or not suggestion.known:
             return recommended(found, None, suggestion, request)
         found = found.head(reranker.config.depth)
-        context = history_query(request.history, ask_cards(self.index, row_ids(request.history), Filters()))
+        context = context_of(self.index, request.history)
         ordered = self._ordered(reranker, context, found, request.history, request.explain)
         return recommended(found, ordered, suggestion, request)
 

@@ -191,6 +191,16 @@ def test_train_gbdt() -> None:
     assert "What the trees read" in (DEMO / "report-ranker/index.html").read_text("utf-8")
 
 
+def test_recommend_candidates() -> None:
+    """Lists of a recommender, and trees behind /v1/recommend from them."""
+    assert run_job("train_recommenders") == 0       # made already, unless this test runs alone
+    for config in ("demo_valid", "demo"):
+        assert run_job("recommend_candidates", config=config) == 0
+    assert run_job("train_gbdt", "gbdt.rounds=5", "gbdt.min_leaf=5", "samples=100", config="recommend") == 0
+    trees = manifest("gbdt-recommend", "gbdt")
+    assert trees.parents["fit"] == manifest("candidates/recommended-valid", "candidates").reference
+
+
 def test_score_pairs() -> None:
     """Three steps make no teacher: the job says so and leaves; told otherwise its scores are learned from."""
     small = ("queries=60", "candidates=10", "workers=1")
