@@ -81,6 +81,10 @@ def build_app(config: ServeConfig | dict[str, Any]) -> serve.Application:
                                   *_pictures(config.pictures, built_with))
     if config.events is not None:
         config = config.replace(events=config.events.replace(directory=config.events.directory.resolve()))
+    if config.image_folder is not None:
+        if not config.image_folder.is_dir():
+            raise ServeError(f"image_folder: {config.image_folder} is no folder")
+        config = config.replace(image_folder=config.image_folder.resolve())
     shards = [_part(stages.shard, f"shard-{number}", room, ShardReplica, number, str(root), manifest.version, segments)
               for number, segments in enumerate(divide(segment_rows(manifest), config.shards))]
     gateway = _deployment(serve.ingress()(GatewayReplica), "gateway", stages.gateway, room)

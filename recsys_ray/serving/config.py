@@ -95,6 +95,7 @@ class ServeConfig(Config):
     events: EventsConfig | None = None                          # None: nothing is kept
     log_queries: bool = False                                   # whether the log has the shoppers' words
     image_hosts: tuple[Origin, ...] = ()                        # that the search page may show images from
+    image_folder: Path | None = None                            # where relative image URLs begin; shown to everybody
     name: str = "recsys"
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65_535)

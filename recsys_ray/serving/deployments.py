@@ -236,7 +236,8 @@ class GatewayReplica:
                           pictures=calls(PictureCalls, parts["pictures"]) if config.pictures else None)
         log_requests_to_stderr()
         return create_api(gateway, config.limits, self._key_sha256, observe=Measures(events),
-                          log_queries=config.log_queries, image_hosts=config.image_hosts)
+                          log_queries=config.log_queries, image_hosts=config.image_hosts,
+                          image_folder=config.image_folder)
 
     def _cascade(self, config: RerankConfig | None, name: str) -> Cascade | None:
         if config is None:

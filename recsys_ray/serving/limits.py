@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recsys_ray.config import ConfigError
 from recsys_ray.serving.errors import ApiError, error_body, error_headers
-from recsys_ray.serving.page import PAGE_PATHS
+from recsys_ray.serving.page import IMAGE_PATH, PAGE_PATHS
 from recsys_ray.serving.records import Observe, Record
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 API_KEY = "RECSYS_API_KEY"
 MIN_KEY_CHARS = 16
 PROBES = frozenset({"/healthz", "/readyz"})     # they carry no key, learn nothing about the catalogue, and never wait
-OPEN_PATHS = PROBES | PAGE_PATHS                # nor does the page, which asks for the key it then sends
+OPEN_PATHS = PROBES | PAGE_PATHS                # nor the page, which asks for the key it then sends
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -108,7 +108,7 @@ class Gate:
             raise ApiError(429, "overloaded", f"{self.max_in_flight} requests are being worked on; come back later")
 
     def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
-        if self.key_sha256 is None or path in OPEN_PATHS:
+        if self.key_sha256 is None or path in OPEN_PATHS or path.startswith(IMAGE_PATH):  # an <img> sends no key
             return
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         presented = headers.get(b"x-api-key") or (token.strip() if scheme.lower() == b"bearer" else b"")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
@@ -69,7 +70,8 @@ class NoQuery(BaseModel):
 
 
 def create_api(gateway: Gateway, limits: Limits, key_sha256: str | None = None, *, observe: Observe = log_record,
-               log_queries: bool = False, image_hosts: Sequence[str] = ()) -> FastAPI:
+               log_queries: bool = False, image_hosts: Sequence[str] = (), image_folder: Path | None = None
+               ) -> FastAPI:
     """The ASGI application of `gateway`; with `key_sha256`, only for clients that send that key.
 
     Every request ends in a call of `observe`. At shutdown the events that wait are written.
@@ -93,7 +95,7 @@ def create_api(gateway: Gateway, limits: Limits, key_sha256: str | None = None, 
     _add_health(app, gateway)
     _describe(app)
     _add_docs(app)
-    add_page(app, image_hosts, pictures=gateway.pictures is not None)
+    add_page(app, image_hosts, pictures=gateway.pictures is not None, image_folder=image_folder)
     return app
 
 

@@ -107,6 +107,12 @@ def test_a_missing_index_and_a_foreign_encoder_are_refused_before_anything_start
         refuse_foreign("m", {"pooling": "mean", "same": 1}, {"pooling": "cls", "same": 1})
 
 
+def test_a_missing_folder_of_images_is_refused(small_index: Path, tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match="image_folder"):
+        build_app(ServeConfig(index=small_index, encoder=None, retriever=RetrieverConfig(mode="bm25", depth=200),
+                              image_folder=tmp_path / "gone"))
+
+
 def test_an_open_host_is_refused_without_a_key(small_index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(API_KEY, raising=False)
     with pytest.raises(ConfigError, match=API_KEY):

@@ -60,6 +60,32 @@ def test_images_come_from_configured_places_only(small_index: Path) -> None:
             ServeConfig(index=small_index, image_hosts=(bad,))
 
 
+def test_images_of_the_own_folder_and_nothing_else_are_served(small_index: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "public"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "red sofa #1.jpg").write_bytes(photograph("red"))
+    (folder / "catalogue.jsonl.gz").write_bytes(b"secret")
+    (folder / "script.svg").write_text("<svg/>")
+    (tmp_path / "outside.jpg").write_bytes(b"secret")
+    (folder / "link.jpg").symlink_to(tmp_path / "outside.jpg")
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    app = create_api(open_parts(small_index).gateway(), LIMITS, digest, image_folder=folder)
+
+    async def get(path: str) -> Any:
+        async with client(app) as http:
+            return await http.get(path)
+
+    found = asyncio.run(get("/product-images/images/red%20sofa%20%231.jpg"))
+    assert (found.status_code, found.headers["content-type"]) == (200, "image/jpeg")    # without the key
+    assert found.content == photograph("red")
+    assert "img-src data: 'self';" in asyncio.run(get("/")).headers["content-security-policy"]
+    for name in ("catalogue.jsonl.gz", "script.svg", "link.jpg", "..%2foutside.jpg", "%2e%2e/outside.jpg", "images", "",
+                 "%00.jpg", "a" * 5000 + ".jpg", str(tmp_path / "outside.jpg"), "gone.jpg"):
+        assert asyncio.run(get(f"/product-images/{name}")).status_code == 404, name
+    plain = local_app(open_parts(small_index))
+    assert not [one for one in plain.routes if "product-images" in getattr(one, "path", "")]
+
+
 # --- in a browser ---------------------------------------------------------------------------------
 @contextmanager
 def running(app: FastAPI) -> Iterator[str]:
@@ -281,6 +307,27 @@ def test_a_title_is_text_whatever_it_says(browser: Any, parts: Parts) -> None:
         assert titles(page) == [wicked]
         assert page.locator(".card img").count() == 0
         assert all(one.startswith((url, "data:")) for one in requests)
+        page.close()
+
+
+def test_cards_show_images_of_the_own_folder(browser: Any, parts: Parts, tmp_path: Path) -> None:
+    (tmp_path / "a b.png").write_bytes(photograph("blue"))
+    gateway = parts.gateway()
+    search = gateway.search
+
+    async def changed(*arguments: Any) -> Any:
+        answer = await search(*arguments)
+        urls = ["a b.png", "gone.png", "https://elsewhere.example/a.png", "/static/a.png"]
+        return answer.model_copy(update={"items": [one.model_copy(update={"image_url": url})
+                                                   for one, url in zip(answer.items, urls, strict=False)]})
+
+    gateway.search = changed  # type: ignore[method-assign]
+    with running(create_api(gateway, LIMITS, image_folder=tmp_path)) as url:
+        page = browser.new_page()
+        page.goto(f"{url}/?q=sofa")
+        until(page, "document.querySelectorAll('.card').length === 4 && "
+                    "[...document.querySelectorAll('.card img')].filter(one => one.naturalWidth > 0).length === 1")
+        until(page, "document.querySelectorAll('.card img').length === 1")      # what is gone is drawn instead
         page.close()
 
 

@@ -15,6 +15,7 @@ const STAGE_NAMES = {encode: "encode", shards: "retrieve", rank: "fuse", rows: "
 
 const at = (id) => document.getElementById(id);
 const imageHosts = document.querySelector("meta[name=image-hosts]").content.split(" ").filter(Boolean);
+const ownImages = document.querySelector("meta[name=own-images]").content === "True";
 const pictures = document.querySelector("meta[name=pictures]").content === "True";
 let beside = null;                  // what is asked beside the words: {picture, preview}, or {like, title} of a product
 let running = new AbortController();
@@ -48,16 +49,24 @@ function picture(item) {
   const frame = make("div", "picture", letters);
   frame.setAttribute("aria-hidden", "true");
   frame.style.setProperty("--hue", hue(item.category || item.brand || title));
-  if (item.image_url && imageHosts.some((host) => item.image_url.startsWith(`${host}/`))) {
+  const source = imageSource(item.image_url);
+  if (source) {
     const image = make("img");
     image.loading = "lazy";
     image.alt = "";
     image.referrerPolicy = "no-referrer";
     image.addEventListener("error", () => frame.replaceChildren(letters));
-    image.src = item.image_url;
+    image.src = source;
     frame.replaceChildren(image);
   }
   return frame;
+}
+
+function imageSource(url) {
+  if (!url) return null;
+  if (imageHosts.some((host) => url.startsWith(`${host}/`))) return url;
+  if (!ownImages || url.startsWith("/") || /^[a-z][a-z0-9+.-]*:/i.test(url)) return null;
+  return `product-images/${url.split("/").map(encodeURIComponent).join("/")}`;
 }
 
 function meta(item) {
