@@ -168,9 +168,15 @@ class History:
     kinds: tuple[str, ...]
 
     @property
+    def dated(self) -> Bools:
+        """Which of them have a time, (N,)."""
+        found: Bools = self.times != NO_TIME
+        return found
+
+    @property
     def timed(self) -> bool:
-        """Whether everything has a time."""
-        return bool((self.times != NO_TIME).all())
+        """Whether there are times: what has none then may have come at any moment, and is neither asked nor told."""
+        return bool(self.dated.any())
 
 
 def user_histories(interactions: pa.Table, places: Mapping[str, int]) -> Iterator[History]:
@@ -268,5 +274,5 @@ def known_before(history: History, rows: Ints, candidates: Ints, items: Items) -
     groups = items.title_groups
     usable = ~np.isin(rows, candidates) & ~np.isin(groups[history.places[rows]], groups[history.places[candidates]])
     if history.timed and len(candidates):
-        usable &= history.times[rows] < history.times[candidates].min()
+        usable &= history.dated[rows] & (history.times[rows] < history.times[candidates].min())
     return rows[usable]

@@ -154,6 +154,8 @@ def choose_positives(history: History, items: Items, config: RerankerPairsConfig
     The latest eligible ones where interactions have times, else by draw; none for a user with too few.
     """
     likes = liked(history, config.min_rating)
+    if history.timed:
+        likes = likes[history.dated[likes]]
     rows = likes[items.eligible[history.places[likes]]]
     room = len(likes) - config.min_context if config.context.form == "fixed" else len(rows)
     count = min(config.max_positives, len(rows), room)
@@ -296,7 +298,7 @@ def history_rows(history: History, split: str, positives: Sequence[int], items: 
     held = np.isin(history.places, positives)
     kept = np.ones_like(held)
     if history.timed and held.any() and split != "train":
-        kept = held | (history.times < history.times[held].min())
+        kept = held | (history.dated & (history.times < history.times[held].min()))
     for row in np.flatnonzero(kept).tolist():
         rating, time = float(history.ratings[row]), int(history.times[row])
         yield {"user_id": history.user_id, "product_id": items.product_ids[history.places[row]],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys_ray.data.interactions import History, Items, user_histories
+from recsys_ray.data.interactions import NO_TIME, History, Items, names_item, user_histories
 from recsys_ray.data.reranker_pairs import (
     NegativePool,
     PairCounts,
@@ -149,6 +150,25 @@ def test_with_times_the_latest_are_the_positives_and_what_follows_is_held_out() 
         later = [row for row in rows if row["timestamp_ms"] > times[user.positives[0]]]
         assert bool(later) is whole
         assert (len(rows) == len(history.places)) is whole
+
+
+def test_what_has_no_time_among_what_has_is_neither_asked_nor_told_nor_a_negative() -> None:
+    items = library()
+    whole = readers(items, 1, timed=True)[0]
+    undated = np.flatnonzero(whole.ratings >= 4)[::2]
+    times = whole.times.copy()
+    times[undated] = NO_TIME
+    history = replace(whole, times=times)
+    user, = made(items, [history], configured(max_positives=1, min_positives=1, negatives={"uniform": 40}))[0]
+    names = {items.product_ids[place] for place in whole.places[undated]}
+    assert names
+    assert not set(user.positives) & set(whole.places[undated].tolist())
+    assert not {place for place, _ in user.negatives[0]} & set(whole.places[undated].tolist())
+    dated = {items.titles[place] for place in whole.places[times != NO_TIME].tolist()}      # editions share titles
+    assert not any(names_item(user.contexts[0], items.titles[place], items.authors[place])
+                   for place in whole.places[undated].tolist() if items.titles[place] not in dated)
+    assert not names & {row["product_id"] for row in history_rows(history, "test", user.positives, items)}
+    assert names <= {row["product_id"] for row in history_rows(history, "train", user.positives, items)}
 
 
 def test_a_short_pool_gives_fewer_and_never_the_same_twice() -> None:
