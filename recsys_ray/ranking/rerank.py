@@ -51,6 +51,10 @@ class RerankConfig(Config):
     diversity: float = Field(default=1.0, ge=0, le=1)   # lambda of MMR: 1 is relevance alone
     one_title: bool = True                              # of products with the same title only the best
 
+    def rules(self) -> RerankConfig:
+        """The same without models: what an answer must not hold twice, and how alike its products may be."""
+        return self.replace(gbdt=None, cross_encoder=None)
+
     def resolved(self) -> RerankConfig:
         """The same with absolute paths: workers start in other directories."""
         cross = self.cross_encoder

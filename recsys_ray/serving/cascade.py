@@ -65,17 +65,22 @@ class Cascade:
     def __init__(self, config: RerankConfig, cross: CrossCalls | None, ranker: RankerCalls, deadline_s: float) -> None:
         self.config, self.cross, self.ranker, self.deadline_s = config, cross, ranker, deadline_s
         self.cross_cost, self.ranker_cost = RecentCost(), RecentCost()
-        self._rules = Reranker(config.replace(gbdt=None, cross_encoder=None))
+        self._rules = Reranker(config.rules())
 
     def parts(self) -> list[tuple[str, Callable[[], Awaitable[PartStatus]]]]:
         """What has to be loaded, by name."""
         cross = [] if self.cross is None else [("cross-encoder", self.cross.status)]
         return [*cross, ("ranker", self.ranker.status)]
 
-    async def order(self, query: str, shortlist: Shortlist, rows: pa.Table, seen: list[str], clock: Clock,
+    async def order(self, query: str | None, shortlist: Shortlist, rows: pa.Table, seen: list[str], clock: Clock,
                     explain: bool) -> Outcome:
-        """The order of the shortlist; `rows` are its products, in the same order."""
+        """The order of the shortlist; `rows` are its products, in the same order.
+
+        Where there is nothing to compare them with, the `query` being None, the rules alone decide.
+        """
         candidates = shortlist.candidates(rows)
+        if query is None:
+            return Outcome(await asyncio.to_thread(order_with, self._rules, "", candidates, None, seen, False))
         cross, degraded = None, None
         if self.cross is not None:
             found = await self._cross_scores(query, cross_texts(rows, self.config), clock)

@@ -110,13 +110,14 @@ class Gateway:
         clock = self._clock(request)
         suggestion, found, owners, answered = await self._suggested(self.recommending, request, clock)
         cascade, outcome = self.recommending.cascade, Outcome(None)
-        if cascade is not None and suggestion.known:
+        if cascade is not None:
             found = found.head(cascade.config.depth)
-            asked = partial(_cards, row_ids=row_ids(request.history), filters=Filters())
-            cards = _flat(await self._ask_all(asked))
-            clock.done("shards")
-            outcome = await self._reranked(cascade, history_query(request.history, cards), found, owners,
-                                           request.history, clock, request)
+            context: str | None = None
+            if suggestion.known:
+                asked = partial(_cards, row_ids=row_ids(request.history), filters=Filters())
+                context = history_query(request.history, _flat(await self._ask_all(asked)))
+                clock.done("shards")
+            outcome = await self._reranked(cascade, context, found, owners, request.history, clock, request)
         fields = recommended(found, outcome.ordered, suggestion, request)
         return RecommendResponse(**self._made(request_id, answered, clock), **fields, **_degraded(outcome),
                                  list_id=self._shown(None, fields["items"], request))
@@ -206,7 +207,7 @@ class Gateway:
             raise ApiError(503, "encoder_unavailable", "the text encoder did not answer")
         return encoding
 
-    async def _reranked(self, cascade: Cascade, query: str, found: Shortlist, owners: Mapping[int, int],
+    async def _reranked(self, cascade: Cascade, query: str | None, found: Shortlist, owners: Mapping[int, int],
                         seen: Sequence[str], clock: Clock, request: RankedRequest) -> Outcome:
         """The order of the rankers; that of the first stage when what they read of the products cannot be had."""
         if not found.cards:

@@ -324,10 +324,13 @@ class Recommender:
         """What follows a history: `items`, `candidates`, `source`, `fallback`, `known`."""
         filters = known_filters(request, self.index.concerns)
         suggestion, found = first_list(self.index, first, request.history, request.seen, filters, depth)
-        if reranker is None or not suggestion.known:
+        if reranker is None:
             return recommended(found, None, suggestion, request)
-        found = found.head(reranker.config.depth)
-        context = context_of(self.index, request.history)
+        found, context = found.head(reranker.config.depth), ""
+        if suggestion.known:
+            context = context_of(self.index, request.history)
+        else:       # popular products have nothing to be compared with: the rules alone decide
+            reranker = Reranker(reranker.config.rules())
         ordered = self._ordered(reranker, context, found, request.history, request.explain)
         return recommended(found, ordered, suggestion, request)
 

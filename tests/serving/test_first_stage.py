@@ -141,6 +141,21 @@ def test_over_shards_the_list_is_that_of_one_process(small_index: Path, first: F
         assert not answer["degraded"]
 
 
+def test_popular_products_are_shown_under_the_same_rules(small_index: Path, first: FirstStage, tmp_path: Path) -> None:
+    parts = parts_with(small_index, first)
+    plain = shown(post(parts, history=[], k=12))
+    parts.reranker = small_reranker(tmp_path, None, diversity=0.2)
+    answer = post(parts, history=[], k=12, explain=True)
+    assert set(answer["took_ms"]) == {"recommender", "shards", "rows"}      # no ranker was asked
+    assert not any("ranker" in item["explanation"]["scores"] for item in answer["items"])
+    assert shown(answer) != plain
+    assert not set(answer["items"][0]["title"].split()) & set(answer["items"][1]["title"].split())
+    offline = Recommender(open_index(small_index), WordEncoder(), RETRIEVER)  # type: ignore[arg-type]
+    request = parse(RecommendRequest, json.dumps({"history": [], "k": 12}).encode(), LIMITS)
+    expected = offline.recommend(first, request, DEPTH, parts.reranker)
+    assert shown(answer) == [hit.product_id for hit in expected["items"]]
+
+
 def test_a_history_is_read_as_the_contexts_of_training_are() -> None:
     cards = [{"product_id": "a", "title": "Dune", "brand": "F. Herbert"},
              {"product_id": "b", "title": "Emma", "brand": None}]
