@@ -60,6 +60,7 @@ from recsys_ray.data.reranker_pairs import (
     PairCounts,
     RerankerPairError,
     RerankerPairsConfig,
+    audit_page,
     audit_rows,
     count_rows,
     history_rows,
@@ -87,7 +88,7 @@ log = logging.getLogger(__name__)
 KIND = "reranker_pairs"
 STAGE_VERSION = 1       # raise it when the same inputs would give other rows
 TASK_CPUS = 0.9
-SCRATCH = "scratch"
+SCRATCH, AUDIT_PAGE = "scratch", "audit/audit.md"
 JUDGED_QUERIES = 2000   # of one file
 _ELIGIBLE = pa.schema([pa.field("product_id", pa.string(), nullable=False)])
 
@@ -282,8 +283,7 @@ def _make_bucket(job: _Job, part: str, bucket: int) -> tuple[PairCounts, list[Fi
         history, split = histories[place], splits[place]
         user = None
         if left[split] > 0:
-            mined = [items.places[name] for name in job.mined.of(history.user_id)
-                     if name in items.places]
+            mined = [items.places[name] for name in job.mined.of(history.user_id) if name in items.places]
             user = user_rows(history, split, pool, mined, config, found.counts)
         known += history_rows(history, split, user.positives if user is not None else (), items)
         if user is not None:
@@ -394,5 +394,7 @@ def _publish(config: MakeRerankerPairsConfig, staging: Staging, found: PairCount
         if value:
             log.warning("leak: %s: %d", name, value)
     files.append(staging.write_table("audit/audit.parquet", pa.Table.from_pylist(audit, schema=AUDIT)))
+    write_text(staging.path / AUDIT_PAGE, audit_page(audit))
+    files.append(staging.entry(AUDIT_PAGE))
     return staging.commit(files, config=config, parents=parents, facts={
         "rows": rows, "counts": dict(sorted(found.counts.items())), "popularity_auc": popular, "leaks": leaks})

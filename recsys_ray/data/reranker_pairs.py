@@ -366,6 +366,21 @@ def _audit(section: str, name: str, value: float, note: str | None = None) -> di
     return {"section": section, "name": name, "value": float(value), "note": note}
 
 
+def audit_page(rows: Sequence[Mapping[str, Any]]) -> str:
+    """AUDIT rows for a reader, in Markdown: a table for each section, examples as they are."""
+    sections: dict[str, list[str]] = {}
+    for row in rows:
+        lines = sections.setdefault(row["section"], [])
+        if row["note"] is not None:
+            lines.append(f"- {row['note']}")
+            continue
+        lines += [] if lines else ["| | |", "| --- | ---: |"]
+        lines.append(f"| {row['name']} | {row['value']:,.4g} |" if row["value"] % 1 else
+                     f"| {row['name']} | {row['value']:,.0f} |")
+    return "\n".join(["# Rows for a reranker", *(line for name, lines in sections.items()
+                                                 for line in ("", f"## {name}", "", *lines)), ""])
+
+
 def users_in_two_splits(users: Mapping[str, Sequence[str]]) -> int:
     """How many of the users written to one split are in another too."""
     seen = Counter(user for names in users.values() for user in set(names))

@@ -66,6 +66,7 @@ def test_the_books_of_the_source_become_rows(library: Path, tmp_path: Path, loca
         assert {row["split"] for row in rows_of(made, f"pairs/{split}/")} == {split}
     assert sum(row["label"] for row in rows) * 4 == len(rows)
     assert all(row["query"].startswith("Likes: Book") and row["query"].endswith("Genres: fantasy.") for row in rows)
+    assert "| candidates named in their own context | 0 |" in made.file("audit/audit.md").read_text("utf-8")
     items = {row["product_id"]: row for row in made.table("items.parquet").to_pylist()}
     assert made.table("items.parquet").schema == ITEM
     assert items["0"]["text"] == "the source's own text"

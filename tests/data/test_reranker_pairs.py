@@ -17,6 +17,7 @@ from recsys_ray.data.reranker_pairs import (
     RerankerPairsConfig,
     UserRows,
     UserSplits,
+    audit_page,
     audit_rows,
     count_rows,
     history_rows,
@@ -206,6 +207,9 @@ def test_the_audit_counts_leaks_in_the_texts() -> None:
     assert rows["candidates named in their own context"] >= 1
     assert rows["test: share of positives"] == 0.25
     assert rows["test: negatives of a positive"] == 3
+    page = audit_page(audit_rows(found))
+    assert "## labels\n\n| | |\n| --- | ---: |\n| test: share of positives | 0.25 |\n" in page
+    assert f"\n- {named} | + " in page
 
 
 def test_contradictions_are_refused() -> None:
