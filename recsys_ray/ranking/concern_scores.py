@@ -4,7 +4,7 @@ The table is divided into pieces of its files, or, when it is a prepared artefac
 so that an index finds the scores of a bucket in one file. Ray Data hands pieces to a pool of actors, each of which
 loads the model once and writes the probabilities of a piece as one file that appears whole or not at all; a rerun
 skips the pieces that are there. A row that cannot be read goes to quarantine with its reason; one without ingredients
-is scored by its title and says so.
+is scored by its title and says so, and so does one whose list is none.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from recsys_ray.artifacts import (
 )
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.concern_rulebook import Rulebook, load_rules
-from recsys_ray.data.ingredients import ingredients_in_text
+from recsys_ray.data.ingredients import ingredients_in_text, list_flags, parse_ingredients
 from recsys_ray.data.rule_files import PACKAGED
 from recsys_ray.data.sources.blocks import Piece, Recipe, pieces_of, read_piece
 from recsys_ray.data.sources.config import TableSource
@@ -66,24 +66,19 @@ class ScoredTable(Config):
 
     path: str
     columns: dict[str, str] = Field(default_factory=dict)   # our name (product_id, title, ingredients) -> theirs
-    # of a prepared artefact, as label_concerns has them:
     find_in_text: bool = False      # where there is no list: one after "Ingredients:", or the ones the text names
-    without_ingredients: Literal["score", "leave_out"] = "score"
-    rules: tuple[str, ...] = (PACKAGED,)                    # whose names tell what an ingredient is in a text
+    # None: of a table they are scored by their title, of a shop with products of all kinds they are left out
+    without_ingredients: Literal["score", "leave_out"] | None = None
+    rules: tuple[str, ...] = (PACKAGED,)                    # whose names tell what an ingredient is
 
     def source(self) -> TableSource:
         """The files of a plain table."""
         return TableSource(products=self.path, product_columns=self.columns)
 
     def prepared(self) -> Artifact | None:
-        """The prepared artefact, if it is one; `ValueError` for a plain table with options of a prepared one."""
+        """The prepared artefact, if it is one."""
         root = Path(self.path)
-        if (root / CURRENT).is_file():
-            return open_artifact(root.resolve(), "prepared")
-        if self.find_in_text or self.without_ingredients != "score":
-            raise ValueError(f"products.find_in_text and products.without_ingredients are for a prepared artefact, "
-                             f"and {self.path} is none; prepare the table first")
-        return None
+        return open_artifact(root.resolve(), "prepared") if (root / CURRENT).is_file() else None
 
 
 class ScoreConcernsConfig(Config):
@@ -120,7 +115,7 @@ def score_concerns(config: ScoreConcernsConfig) -> Artifact:
     key = fingerprint({
         "stage": STAGE_VERSION, "model": identity, "dtype": config.model.dtype,
         "options": config.products.model_dump(mode="json", exclude={"path", "rules"}),
-        "rules": load_rules(config.products.rules).digest if config.products.find_in_text else None,
+        "rules": load_rules(config.products.rules).digest,
         "files": file_states(source, ("products",)) if prepared is None else prepared.manifest.reference})
     if (done := find_artifact(output, KIND, key)) is not None:
         log.info("%s is up to date", done.manifest.reference)
@@ -131,8 +126,14 @@ def score_concerns(config: ScoreConcernsConfig) -> Artifact:
         sweep_staging(output, key)
         model = config.model.replace(model=str(find_model(config.model.model, MODEL_KIND)))
         buckets = int(prepared.manifest.facts["num_buckets"]) if prepared else 0
-        job = _Job(work, buckets, prepared, config.products, str(staging.path), model.model_dump(mode="json"))
+        job = _Job(work, buckets, prepared, _decided(config.products, prepared), str(staging.path),
+                   model.model_dump(mode="json"))
         return _run(config, job, staging, identity)
+
+
+def _decided(options: ScoredTable, prepared: Artifact | None) -> ScoredTable:
+    """The same options with a decision about products without ingredients."""
+    return options.replace(without_ingredients=options.without_ingredients or ("leave_out" if prepared else "score"))
 
 
 def _run(config: ScoreConcernsConfig, job: _Job, staging: Staging, identity: dict[str, Any]) -> Artifact:
@@ -141,7 +142,7 @@ def _run(config: ScoreConcernsConfig, job: _Job, staging: Staging, identity: dic
     quarantine = pa.concat_tables([QUARANTINE.empty_table(), *(
         pq.read_table(staging.path / piece_file(ASIDE, number), schema=QUARANTINE)
         for number in range(len(job.work)))])
-    rows = _write_csv(staging.path, made)
+    rows, without = _write_csv(staging.path, made)
     if not rows:
         raise ValueError(f"{config.products.path}: no row could be read; the first reason: "
                          f"{quarantine['reason'][0].as_py() if quarantine.num_rows else 'the table is empty'}")
@@ -149,16 +150,24 @@ def _run(config: ScoreConcernsConfig, job: _Job, staging: Staging, identity: dic
     facts = {"model": identity, "concerns": [one["name"] for one in identity["card"]["concerns"]], "rows": rows,
              "quarantined": quarantine.num_rows}
     log.info("%d products scored, %d set aside", rows, quarantine.num_rows)
+    if without == rows:
+        log.warning("none of the %d products has ingredients, so only titles were read; name their column: "
+                    "products.columns.ingredients=COLUMN", rows)
     return staging.commit(files, config=config, facts=facts,
                           parents={"prepared": job.prepared.manifest} if job.prepared else {})
 
 
-class _PieceScorer:
-    """A loaded model that turns the number of a piece into scores."""
+class _Scorer:
+    """A loaded model, and the names by which it is told what an ingredient is."""
 
     def __init__(self, job: _Job) -> None:
         self.job = job
         self.scorer = BtBertScorer(BtBertConfig.model_validate(job.model))
+        self.book = load_rules(job.options.rules)
+
+
+class _PieceScorer(_Scorer):
+    """Turns the number of a piece into scores."""
 
     def make(self, number: int) -> pa.Table:
         """The scores of a piece; what cannot be read is set aside in a file of its own."""
@@ -166,18 +175,13 @@ class _PieceScorer:
         for block in read_piece(*self.job.work[number]):
             bad = pc.is_valid(block["_error"])
             set_aside.append(_quarantined(block.filter(bad)))
-            scored.append(score_products(self.scorer, block.filter(pc.invert(bad))))
+            scored.append(score_products(self.scorer, block.filter(pc.invert(bad)), self.job.options, self.book))
         write_table(Path(self.job.staging), piece_file(ASIDE, number), pa.concat_tables(set_aside))
         return pa.concat_tables(scored)
 
 
-class _BucketScorer:
-    """A loaded model that turns the number of a bucket into scores."""
-
-    def __init__(self, job: _Job) -> None:
-        self.job = job
-        self.scorer = BtBertScorer(BtBertConfig.model_validate(job.model))
-        self.book = load_rules(job.options.rules) if job.options.find_in_text else None
+class _BucketScorer(_Scorer):
+    """Turns the number of a bucket into scores."""
 
     def make(self, number: int) -> pa.Table:
         """The scores of a bucket's products."""
@@ -194,41 +198,58 @@ def score_schema(scorer: BtBertScorer) -> pa.Schema:
                       pa.field("addresses", pa.list_(pa.string())), pa.field("note", pa.string())])
 
 
-def score_products(scorer: BtBertScorer, products: pa.Table) -> pa.Table:
+def score_products(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, book: Rulebook) -> pa.Table:
     """RAW_PRODUCT rows -> their scores, in their order."""
+    return _scored(scorer, with_lists(products, options, book), book)[0]
+
+
+def score_bucket(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, book: Rulebook) -> pa.Table:
+    """PRODUCT rows -> their scores by row id."""
+    products = with_lists(products.sort_by("row_id"), options, book)
+    table, has = _scored(scorer, products, book)
+    return table.append_column("row_id", products["row_id"].combine_chunks()).append_column("has_ingredients", has)
+
+
+def with_lists(products: pa.Table, options: ScoredTable, book: Rulebook) -> pa.Table:
+    """Rows of products with `ingredients` null where there are none, and `_found`: whether they were found in a text.
+
+    Rows without any are left out if the options say so.
+    """
+    lists: list[str | None] = [one if (one or "").strip() else None for one in products["ingredients"].to_pylist()]
+    own = [one is not None for one in lists]
+    if options.find_in_text:
+        lists = [one or ingredients_in_text(_text_of(row), book.synonyms, book.active_names)
+                 for one, row in zip(lists, products.select(["title", "description", "features"]).to_pylist(),
+                                     strict=True)]
+    products = products.set_column(products.column_names.index("ingredients"), "ingredients",
+                                   pa.array(lists, pa.string()))
+    products = products.append_column("_found", pa.array([one is not None and not first for one, first in
+                                                          zip(lists, own, strict=True)], pa.bool_()))
+    return products.filter(pc.is_valid(products["ingredients"])) if options.without_ingredients == "leave_out" \
+        else products
+
+
+def _scored(scorer: BtBertScorer, products: pa.Table, book: Rulebook) -> tuple[pa.Table, pa.Array]:
+    """(scores in the order of the rows, which of them have ingredients)."""
     ingredients, titles = products["ingredients"].to_pylist(), products["title"].to_pylist()
     found_NC = scorer.score(ingredients, titles)
     names, thresholds = scorer.card.names(), scorer.card.calibration.thresholds
     said_NC = found_NC >= np.array([thresholds.get(name, 0.5) for name in names], dtype=np.float32)
-    notes = [None if (listed or "").strip() else (NO_INGREDIENTS if (title or "").strip() else NOTHING)
-             for listed, title in zip(ingredients, titles, strict=True)]
-    columns = [products["product_id"], *(pa.array(found_NC[:, place]) for place in range(len(names))),
+    notes = [_note(*row, book) for row in zip(ingredients, titles, products["_found"].to_pylist(), strict=True)]
+    columns = [products["product_id"].combine_chunks(),
+               *(pa.array(found_NC[:, place]) for place in range(len(names))),
                pa.array([[name for name, yes in zip(names, row, strict=True) if yes] for row in said_NC.tolist()],
                         pa.list_(pa.string())), pa.array(notes, pa.string())]
-    return pa.Table.from_arrays([one.combine_chunks() if isinstance(one, pa.ChunkedArray) else one for one in columns],
-                                schema=score_schema(scorer))
+    return pa.Table.from_arrays(columns, schema=score_schema(scorer)), pa.array(
+        [one is not None for one in ingredients], pa.bool_())
 
 
-def score_bucket(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, book: Rulebook | None) -> pa.Table:
-    """PRODUCT rows -> their scores by row id; `book` knows ingredients that a text names, None: texts are not read."""
-    products = products.sort_by("row_id")
-    lists: list[str | None] = [one if (one or "").strip() else None for one in products["ingredients"].to_pylist()]
-    listed = [one is not None for one in lists]
-    if book is not None:
-        lists = [one or ingredients_in_text(_text_of(row), book.synonyms, book.active_names)
-                 for one, row in zip(lists, products.select(["title", "description", "features"]).to_pylist(),
-                                     strict=True)]
-    has = pa.array([one is not None for one in lists], pa.bool_())
-    scored = products.set_column(products.column_names.index("ingredients"), "ingredients",
-                                 pa.array(lists, pa.string()))
-    if options.without_ingredients == "leave_out":
-        scored, listed = scored.filter(has), [one for one, kept in zip(listed, has.to_pylist(), strict=True) if kept]
-        has = has.filter(has)
-    table = score_products(scorer, scored)
-    note = pc.if_else(pa.array([there and not first for there, first in zip(has.to_pylist(), listed, strict=True)],
-                               pa.bool_()), FROM_TEXT, table["note"])
-    table = table.set_column(table.column_names.index("note"), "note", note)
-    return table.append_column("row_id", scored["row_id"].combine_chunks()).append_column("has_ingredients", has)
+def _note(ingredients: str | None, title: str | None, found: bool, book: Rulebook) -> str | None:
+    """Why the probabilities of a product say little; None where nothing is known against them."""
+    if ingredients is None:
+        return NO_INGREDIENTS if (title or "").strip() else NOTHING
+    flags = list_flags(parse_ingredients(ingredients, book.synonyms), book.synonyms)
+    return flags[0] if flags else FROM_TEXT if found else None
 
 
 def _text_of(product: dict[str, Any]) -> str:
@@ -241,9 +262,9 @@ def _quarantined(block: pa.Table) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=QUARANTINE)
 
 
-def _write_csv(staging: Path, parts: list[FileEntry]) -> int:
-    """Write the parts as one CSV file, a part at a time; returns its rows."""
-    rows, partial = 0, staging / f".{CSV}.{os.getpid()}.tmp"
+def _write_csv(staging: Path, parts: list[FileEntry]) -> tuple[int, int]:
+    """Write the parts as one CSV file, a part at a time; returns its rows, and how many are without ingredients."""
+    rows, without, partial = 0, 0, staging / f".{CSV}.{os.getpid()}.tmp"
     writer: pa_csv.CSVWriter | None = None
     for table in _tables(staging, parts):
         flat = table.select([name for name in table.column_names if name not in ("row_id", "has_ingredients")])
@@ -252,10 +273,11 @@ def _write_csv(staging: Path, parts: list[FileEntry]) -> int:
         writer = writer or pa_csv.CSVWriter(partial, flat.schema)
         writer.write_table(flat)
         rows += table.num_rows
+        without += sum(one in (NO_INGREDIENTS, NOTHING) for one in table["note"].to_pylist())
     if writer is not None:
         writer.close()
         os.replace(partial, staging / CSV)
-    return rows
+    return rows, without
 
 
 def _tables(staging: Path, parts: list[FileEntry]) -> Iterator[pa.Table]:
