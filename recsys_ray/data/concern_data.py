@@ -34,7 +34,7 @@ KIND = "concern_labels"
 STAGE_VERSION = 1       # raise it when the same inputs would give other tables
 OWN = "own label"       # the rule of a label that was given
 _LABEL_ROW = pa.schema([pa.field(name, pa.string(), nullable=False) for name in ("product_id", "concern", "label")])
-_SAID = {"1": 1, "true": 1, "yes": 1, "0": 0, "false": 0, "no": 0}
+_SAID = {"1": 1, "1.0": 1, "true": 1, "yes": 1, "0": 0, "0.0": 0, "false": 0, "no": 0}
 GivenLabels = dict[tuple[str, str], tuple[int, str]]    # (product_id, concern) -> label, place
 
 
@@ -130,7 +130,7 @@ def _own_labels(config: OwnLabels, book: Rulebook, products: pa.Table
     kept = {pair: label for pair, (label, _) in found.items() if pair[0] in known}
     if not kept:
         raise LabelError(f"{config.path}: none of its {len(found)} labels is of a product that can be used; are "
-                         "product_id of labels and products the same ids?")
+                         "product_id of labels and products the same ids, and is it they that `products` names?")
     return kept, pa.Table.from_pylist(aside, schema=QUARANTINE)
 
 

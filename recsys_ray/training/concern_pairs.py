@@ -17,6 +17,7 @@ from recsys_ray.config import Config, ConfigError
 from recsys_ray.data.concern_data import KIND, LabelConcernsConfig, OwnLabels, label_concerns
 from recsys_ray.data.concern_products import ConcernProducts
 from recsys_ray.data.concern_splits import ConcernSplitConfig
+from recsys_ray.data.rule_files import PACKAGED
 from recsys_ray.models.bt_bert import Concern
 
 Floats = npt.NDArray[np.float32]
@@ -27,9 +28,11 @@ class LabelSource(Config):
     """Where labels are: the artefact of `label_concerns`, or a table of one's own (product_id, concern, label)."""
 
     path: Path
-    products: ConcernProducts | None = None     # whose labels a table holds
-    columns: dict[str, str] = Field(default_factory=dict)   # of a table, ours: theirs
-    split: ConcernSplitConfig = ConcernSplitConfig()        # of a table's products
+    # of a table:
+    products: ConcernProducts | None = None     # whose labels it holds
+    columns: dict[str, str] = Field(default_factory=dict)   # ours: theirs
+    split: ConcernSplitConfig = ConcernSplitConfig()
+    rules: tuple[str, ...] = (PACKAGED,)        # folders whose concerns.yaml have the words of its concerns
 
     def artifact(self, beside: Path) -> Artifact:
         """The labels as an artefact; of a table it is made, at `beside` with "-labels" behind its name."""
@@ -40,7 +43,7 @@ class LabelSource(Config):
                               "say whose they are: labels.products.path=FILE (or labels.products.prepared=DIR)")
         return label_concerns(LabelConcernsConfig(
             products=self.products, labels=OwnLabels(path=str(self.path), columns=self.columns), split=self.split,
-            output=beside.with_name(f"{beside.name}-labels")))
+            rules=self.rules, output=beside.with_name(f"{beside.name}-labels")))
 
     def at(self, artifact: Artifact) -> Self:
         """The same labels by the absolute path of their artefact."""
