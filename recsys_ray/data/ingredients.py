@@ -36,6 +36,7 @@ _MAY = re.compile(
 _SENTENCE = re.compile(
     r"(?<!denat)(?<!DENAT)(?<!Denat)(?<!\bvar)(?<!\bno)(?<!\bssp)(?<!\bspp)(?<!\bvit)(?<!\bVit)(?<!\d)(?<!\bC)"
     r"(?<!\.I)\.\s+(?=[A-Z(])")
+_DASH = re.compile(r" [-–—] ")
 _AND = re.compile(r"\s*\(\s*(?:and|&)\s*\)\s*", re.IGNORECASE)
 _LOCANT = re.compile(r"(?:^|[\s,(\[/-])\d{1,2}$")      # before a comma: "1" of 1,2-Hexanediol, "2" of 2,5 %
 _NUMBER = re.compile(r"^\s*(?:\d{1,3}[.)]\s+|[-–*]\s+|(?:and|&|und|et)\s+)", re.IGNORECASE)
@@ -207,6 +208,8 @@ def _pieces(text: str) -> Iterator[str]:
     """The entries of a list, undivided where a comma belongs to a name."""
     text = _NUMBERED.sub(", ", text) if re.match(r"\s*1[.)]\s", text) else text
     text = _SENTENCE.sub(", ", _AND.sub(", ", text))
+    if len(_DASH.findall(text)) > max(1, text.count(",") + text.count(";")):
+        text = _DASH.sub(", ", text)                # "AQUA - GLYCERIN - RETINOL"
     lines = "\n" in text and text.count("\n") > text.count(",") + text.count(";")
     grouped, depth, start = _grouping(text), 0, 0
     for at, one in enumerate(text):

@@ -32,6 +32,7 @@ def names(text: str) -> list[str]:
     ("• Aqua\n• Glycerin\n• Retinol", ["aqua", "glycerin", "retinol"]),
     ("Aqua, Butyrospermum\nParkii Butter, Retinol", ["aqua", "butyrospermum parkii butter", "retinol"]),
     ("1. Aqua 2. Glycerin 3. Retinol", ["aqua", "glycerin", "retinol"]),
+    ("AQUA - GLYCERIN - Palmitoyl Tripeptide-1 - RETINOL", ["aqua", "glycerin", "palmitoyl tripeptide-1", "retinol"]),
     ("Water. Glycerin. Retinol.", ["aqua", "glycerin", "retinol"]),
     ("Parfum (Linalool, Limonene), Retinol", ["parfum", "linalool", "limonene", "retinol"]),
     ("Dimethicone (and) Dimethiconol", ["dimethicone", "dimethiconol"]),
