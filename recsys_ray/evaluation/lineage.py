@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ import yaml
 from recsys_ray.artifacts import Manifest
 from recsys_ray.evaluation.plots import hash_text
 
-BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 176, 58, 56, 18
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y = 220, 58, 48, 18
+BOX_CHARS = 26      # of its first line
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,9 @@ def _box(node: Node) -> str:
 
 
 def _own_name(manifest: Manifest) -> str:
-    """The last folder of the artefact's output, where it says more than the kind."""
+    """The last folder of the artefact's output, where it says more than the kind and there is room for it."""
     output: Mapping[str, Any] | str = manifest.config.get("output", "")
     last = str(output).rstrip("/").rsplit("/", 1)[-1]
-    return "" if last in ("", manifest.kind) else f" · {last[:14]}"
+    said = set(re.split("[-_]", last)) <= {"", *re.split("[-_]", manifest.kind)}
+    shown = last[:max(0, BOX_CHARS - len(manifest.kind) - 3)]
+    return "" if said or len(shown) < min(3, len(last)) else f" · {shown}"
