@@ -7,7 +7,7 @@ list, one may be found in its text.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -117,16 +117,16 @@ def _rows(config: ConcernProducts) -> Iterator[tuple[str, str | None, Row]]:
         for name in artifact.names("products/"):
             for row in artifact.table(name, _PREPARED).to_pylist():
                 text = "\n".join(one for one in (row.pop("description"), *(row.pop("features") or ())) if one)
-                yield name, None, {**row, "category": _path(row.pop("categories")), "text": text}
+                yield name, None, {**row, "category": category_path(row.pop("categories")), "text": text}
         return
     table = load_rows(config.path or "", config.columns, TABLE, endpoint_url=config.endpoint_url)
     for row in table.to_pylist():
         place, reason = row.pop("_source"), row.pop("_error")
         number = int(row_ids([row["product_id"]])[0]) if reason is None else None
-        yield place, reason, {**row, "category": _path(row["category"]), "row_id": number, "group_id": number}
+        yield place, reason, {**row, "category": category_path(row["category"]), "row_id": number, "group_id": number}
 
 
-def _path(levels: list[str] | None) -> str | None:
+def category_path(levels: Sequence[str] | None) -> str | None:
     """The levels of a category as one text; a level may be a path itself."""
     parts = [part.strip() for level in levels or () for part in level.split(PATH_SEPARATOR.strip())]
     return PATH_SEPARATOR.join(filter(None, parts)) or None

@@ -45,6 +45,7 @@ class ExplainConcernsConfig(Config):
     model: BtBertConfig
     output: Path
     rules: tuple[str, ...] = (PACKAGED,)            # whose synonyms tell ingredients apart
+    kinds_only: bool = False                        # no products of no kind that the rules know
     most_products: int = Field(default=100, ge=1)   # drawn of those there are
     top: int = Field(default=5, ge=1)               # ingredients of each answer
     shown: int = Field(default=12, ge=0)            # answers on the page
@@ -68,7 +69,7 @@ def explain_concerns(config: ExplainConcernsConfig) -> Artifact:
     if (done := find_artifact(config.output, KIND, key)) is not None:
         log.info("%s is up to date", done.manifest.reference)
         return done
-    products, _ = read_concern_products(config.products, Labeller(book), kinds_only=False)
+    products, _ = read_concern_products(config.products, Labeller(book), config.kinds_only)
     rows = [row for row in products.to_pylist() if row["ingredients"]]
     if not rows:
         raise ValueError("no product has an ingredient list, so there is nothing to explain")

@@ -36,7 +36,9 @@ from recsys_ray.artifacts import (
     write_table,
 )
 from recsys_ray.config import Config, fingerprint
+from recsys_ray.data.concern_products import category_path
 from recsys_ray.data.concern_rulebook import Rulebook, load_rules
+from recsys_ray.data.concerns import Labeller
 from recsys_ray.data.ingredients import ingredients_in_text, list_flags, parse_ingredients
 from recsys_ray.data.rule_files import PACKAGED
 from recsys_ray.data.sources.blocks import Piece, Recipe, pieces_of, read_piece
@@ -58,7 +60,8 @@ SCORES, ASIDE, CSV = "scores/part", "set_aside/part", "bt_bert_outputs.csv"
 BUCKETS = "scores/bucket"
 NO_INGREDIENTS, NOTHING = "no ingredients", "neither ingredients nor a title"
 FROM_TEXT = "ingredients found in its text"
-READ = ("product_id", "row_id", "title", "ingredients", "description", "features")     # of a prepared product
+# of a prepared product:
+READ = ("product_id", "row_id", "title", "categories", "ingredients", "description", "features")
 
 
 class ScoredTable(Config):
@@ -69,7 +72,8 @@ class ScoredTable(Config):
     find_in_text: bool = False      # where there is no list: one after "Ingredients:", or the ones the text names
     # None: of a table they are scored by their title, of a shop with products of all kinds they are left out
     without_ingredients: Literal["score", "leave_out"] | None = None
-    rules: tuple[str, ...] = (PACKAGED,)                    # whose names tell what an ingredient is
+    kinds_only: bool = False        # leave out products of no kind that the rules know: vitamins are sold as food, too
+    rules: tuple[str, ...] = (PACKAGED,)                    # whose names tell what an ingredient and a kind is
 
     def source(self) -> TableSource:
         """The files of a plain table."""
@@ -163,7 +167,7 @@ class _Scorer:
     def __init__(self, job: _Job) -> None:
         self.job = job
         self.scorer = BtBertScorer(BtBertConfig.model_validate(job.model))
-        self.book = load_rules(job.options.rules)
+        self.labeller = Labeller(load_rules(job.options.rules))
 
 
 class _PieceScorer(_Scorer):
@@ -175,7 +179,7 @@ class _PieceScorer(_Scorer):
         for block in read_piece(*self.job.work[number]):
             bad = pc.is_valid(block["_error"])
             set_aside.append(_quarantined(block.filter(bad)))
-            scored.append(score_products(self.scorer, block.filter(pc.invert(bad)), self.job.options, self.book))
+            scored.append(score_products(self.scorer, block.filter(pc.invert(bad)), self.job.options, self.labeller))
         write_table(Path(self.job.staging), piece_file(ASIDE, number), pa.concat_tables(set_aside))
         return pa.concat_tables(scored)
 
@@ -187,7 +191,7 @@ class _BucketScorer(_Scorer):
         """The scores of a bucket's products."""
         assert self.job.prepared is not None
         products = self.job.prepared.table(piece_file("products/bucket", number), READ)
-        return score_bucket(self.scorer, products, self.job.options, self.book)
+        return score_bucket(self.scorer, products, self.job.options, self.labeller)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -198,23 +202,28 @@ def score_schema(scorer: BtBertScorer) -> pa.Schema:
                       pa.field("addresses", pa.list_(pa.string())), pa.field("note", pa.string())])
 
 
-def score_products(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, book: Rulebook) -> pa.Table:
+def score_products(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, labeller: Labeller) -> pa.Table:
     """RAW_PRODUCT rows -> their scores, in their order."""
-    return _scored(scorer, with_lists(products, options, book), book)[0]
+    return _scored(scorer, with_lists(products, options, labeller), labeller.rulebook)[0]
 
 
-def score_bucket(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, book: Rulebook) -> pa.Table:
+def score_bucket(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, labeller: Labeller) -> pa.Table:
     """PRODUCT rows -> their scores by row id."""
-    products = with_lists(products.sort_by("row_id"), options, book)
-    table, has = _scored(scorer, products, book)
+    products = with_lists(products.sort_by("row_id"), options, labeller)
+    table, has = _scored(scorer, products, labeller.rulebook)
     return table.append_column("row_id", products["row_id"].combine_chunks()).append_column("has_ingredients", has)
 
 
-def with_lists(products: pa.Table, options: ScoredTable, book: Rulebook) -> pa.Table:
+def with_lists(products: pa.Table, options: ScoredTable, labeller: Labeller) -> pa.Table:
     """Rows of products with `ingredients` null where there are none, and `_found`: whether they were found in a text.
 
-    Rows without any are left out if the options say so.
+    Rows without any, and of no known kind, are left out if the options say so.
     """
+    book = labeller.rulebook
+    if options.kinds_only:
+        known = [bool(labeller.kinds(category_path(row["categories"]), row["title"] or ""))
+                 for row in products.select(["title", "categories"]).to_pylist()]
+        products = products.filter(pa.array(known, pa.bool_()))
     lists: list[str | None] = [one if (one or "").strip() else None for one in products["ingredients"].to_pylist()]
     own = [one is not None for one in lists]
     if options.find_in_text:

@@ -14,6 +14,7 @@ import torch
 
 from recsys_ray.config import load_config
 from recsys_ray.data.concern_rulebook import load_rules
+from recsys_ray.data.concerns import Labeller
 from recsys_ray.models.bt_bert import BtBert, BtBertCard, Calibration, Concern
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer
 from recsys_ray.models.trainable_bert import TrainableOptions
@@ -26,7 +27,7 @@ from recsys_ray.ranking.concern_scores import (
 )
 from recsys_ray.schema import PRODUCT, RAW_PRODUCT, conform
 
-BOOK = load_rules()
+LABELLER = Labeller(load_rules())
 DEMO = Path(__file__).resolve().parents[2] / "configs/score_concerns/demo.yaml"     # scoring any table is one command
 LISTS = ["aqua, zinc", None, "   ", "\u6c34, \u30b0\u30ea\u30bb\u30ea\u30f3", ", ".join(["aqua"] * 3000),
          ", ".join(f"substance {number}" for number in range(3000)),
@@ -48,7 +49,7 @@ def test_every_row_gets_finite_numbers_and_a_reason_to_doubt_them(folder: Path) 
     scorer = BtBertScorer(BtBertConfig(model=str(folder), device="cpu"))
     names = [f"p{number}" for number in range(len(LISTS))]
     products = pa.table({"product_id": names, "title": TITLES, "ingredients": LISTS})
-    found = score_products(scorer, conform(products, RAW_PRODUCT, "products"), ScoredTable(path="own"), BOOK)
+    found = score_products(scorer, conform(products, RAW_PRODUCT, "products"), ScoredTable(path="own"), LABELLER)
     assert found["product_id"].to_pylist() == names
     assert all(np.isfinite(found[name].to_numpy()).all() for name in ("acne", "redness"))
     assert found["addresses"].to_pylist() == [["acne"]] * len(LISTS)     # thresholds 0 and 1
@@ -63,11 +64,11 @@ def test_a_bucket_is_scored_by_row_id_and_says_where_ingredients_are(folder: Pat
         "product_id": ["a", "b", "c"], "row_id": [3, 1, 2], "group_id": [3, 1, 2], "title": ["gel", "serum", "lamp"],
         "ingredients": ["aqua, zinc", None, " "],
         "description": [None, "With 2 % salicylic acid.", "Free of mineral oil."]}), PRODUCT, "products")
-    found = score_bucket(scorer, products, ScoredTable(path="shop", find_in_text=True), BOOK)
+    found = score_bucket(scorer, products, ScoredTable(path="shop", find_in_text=True), LABELLER)
     assert found["row_id"].to_pylist() == [1, 2, 3]
     assert found["has_ingredients"].to_pylist() == [True, False, True]
     assert found["note"].to_pylist() == ["ingredients found in its text", "no ingredients", None]
-    kept = score_bucket(scorer, products, ScoredTable(path="shop", without_ingredients="leave_out"), BOOK)
+    kept = score_bucket(scorer, products, ScoredTable(path="shop", without_ingredients="leave_out"), LABELLER)
     assert kept["product_id"].to_pylist() == ["a"]
     assert kept["acne"][0] == found["acne"][2]
 
@@ -78,9 +79,18 @@ def test_a_tables_texts_may_be_read_and_rows_left_out(folder: Path) -> None:
         "product_id": ["a", "b", "c"], "title": ["gel", "serum", "lamp"], "ingredients": ["aqua, zinc", None, ""],
         "description": [None, "With 2 % salicylic acid.", None]}), RAW_PRODUCT, "products")
     options = ScoredTable(path="own", find_in_text=True, without_ingredients="leave_out")
-    found = score_products(scorer, products, options, BOOK)
+    found = score_products(scorer, products, options, LABELLER)
     assert found["product_id"].to_pylist() == ["a", "b"]
     assert found["note"].to_pylist() == [None, "ingredients found in its text"]
+
+
+def test_a_shop_of_all_kinds_is_asked_for_the_known_ones(folder: Path) -> None:
+    scorer = BtBertScorer(BtBertConfig(model=str(folder), device="cpu"))
+    products = conform(pa.table({
+        "product_id": ["a", "b", "c"], "title": ["face serum", "gummies", "mud"], "ingredients": ["ascorbic acid"] * 3,
+        "categories": [None, None, ["Beauty", "Clay Masks"]]}), RAW_PRODUCT, "products")
+    found = score_products(scorer, products, ScoredTable(path="own", kinds_only=True), LABELLER)
+    assert found["product_id"].to_pylist() == ["a", "c"]
 
 
 @pytest.mark.ray
