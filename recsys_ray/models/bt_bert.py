@@ -1,15 +1,18 @@
 """BT-BERT: does a product help against a concern? The answer is what the query's first token sends to itself.
 
 The label is part of the input, so a new concern is a new query and no new output. Of the last layer only attention
-is computed, and of attention one entry: the row and the column of token 0. With the query and the key of token 0 in
-head h of the last layer, q_h and k_h (each d numbers), its score is s_h = q_h . k_h / sqrt(d), and after the softmax
-over all tokens j of the input x_h = exp(s_h0) / sum_j exp(s_hj), between 0 and 1. The logit z of a pair is one of
+is computed, and of attention one entry: the row and the column of token 0. For an input of L tokens the layer before
+gives states S (L, D); head h = 1..H of the last layer makes of them queries and keys Q_h, K_h (L, d), d = D / H. Its
+scores are Q_h K_h^T / sqrt(d), (L, L); of them the row of token 0 is s_hj = q_h . k_hj / sqrt(d), (L,), with q_h the
+query of token 0 (d,) and k_hj the key of token j (d,), and its first entry s_h = s_h0 needs the state of token 0 alone,
+(D,). After the softmax over j the entry is x_h = exp(s_h0) / sum_j exp(s_hj), between 0 and 1, and needs all L states.
+Values, output projection and feed-forward network of the last layer play no part. The logit z of a pair, (), is one of
 
     presoftmax          a * sum_h s_h + b       needs the states of token 0 alone: the layer before is short, too
-    literal_softmax16   16 * sum_h x_h          as published; never below 0, so no probability is ever below one half
+    literal_softmax16   16 * sum_h x_h          as published; in [0, 16 H], and sigmoid(z) >= sigmoid(0) = 1/2
     affine16            16 a * sum_h x_h + b    the same with a learned scale and bias
     logodds             a * log(x / (1 - x)) + b, with x = mean_h x_h
-    explicit            w_c . state of [CLS] + b_c      an ordinary output for each concern: the baseline
+    explicit            w_c . state of [CLS] + b_c      an ordinary output for each concern, (C,): the baseline
 
 The published listing reads attentions after the softmax and multiplies by 16 ("Beauty Beyond Words", arXiv
 2409.13628, algorithm 1). Scale a and bias b start so that the mean prediction equals the share of positives.
@@ -47,7 +50,7 @@ from recsys_ray.config import Config
 from recsys_ray.models.bt_bert_input import BtBertTokenizer, Layout, Style, Tokens, fronts_of
 from recsys_ray.models.fronts import Fronts
 from recsys_ray.models.sentence_layout import EncoderError, SentenceLayout, find_model, read_pair_layout
-from recsys_ray.models.trainable_bert import TrainableBert, TrainableConfig, TrainableOptions, load_body
+from recsys_ray.models.trainable_bert import TrainableBert, TrainableConfig, TrainableOptions, load_body, with_lora
 
 KIND = "bt_bert"                # of the artefact, and the name of its directory
 HEAD, CARD = "bt_bert.safetensors", "bt_bert.json"
@@ -122,8 +125,9 @@ class BtBert(nn.Module):
             self.query, self.key = last.attention.self.query, last.attention.self.key
         if options.freeze_token_embeddings:
             body.embeddings.word_embeddings.requires_grad_(False)
-        self.encoder = TrainableBert(body, layout, TrainableConfig(**options.model_dump()), dtype)
         outputs, width = len(card.concerns), int(body.config.hidden_size)
+        adapted = body if options.lora is None else with_lora(body, options.lora)
+        self.encoder = TrainableBert(adapted, layout, TrainableConfig(**options.model_dump()), dtype)
         if card.mode == "explicit":
             self.output = nn.Linear(width, outputs)
         elif card.mode != "literal_softmax16":

@@ -112,7 +112,7 @@ class TrainableBert(nn.Module):
         if config.freeze_token_embeddings:
             body.embeddings.word_embeddings.requires_grad_(False)
         if config.lora is not None:
-            body = _with_lora(body, config.lora)
+            body = with_lora(body, config.lora)
         return cls(body, layout, config, dtype_of(running, device)).to(device)
 
     @property
@@ -280,7 +280,8 @@ def load_body(layout: SentenceLayout) -> Any:
     return body
 
 
-def _with_lora(body: Any, settings: LoraSettings) -> Any:
+def with_lora(body: Any, settings: LoraSettings) -> Any:
+    """The body with frozen weights and adapters beside them; raises `EncoderError` without the package `peft`."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from recsys_ray.config import fingerprint
 from recsys_ray.data.concern_data import KIND as LABELS_KIND
 from recsys_ray.models.bt_bert import KIND, Calibration
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, bt_bert_identity
-from recsys_ray.training.bt_bert import OBJECTIVE, BtBertTask, FinetuneBtBertConfig, build_task
+from recsys_ray.training.bt_bert import OBJECTIVE, BtBertTask, FinetuneBtBertConfig, build_task, known_concerns
 from recsys_ray.training.calibration import calibrate
 from recsys_ray.training.concern_pairs import concerns_of, read_pairs
 from recsys_ray.training.distributed import rank
@@ -31,8 +32,8 @@ def finetune_bt_bert(config: FinetuneBtBertConfig) -> Artifact:
     """The `bt_bert` artefact: bt_bert/ (an ordinary Transformers folder with a head), metrics.jsonl (the curve).
 
     Facts: bt_bert (identity, with concerns, temperature and thresholds), base, mode, steps, best_step, best_value,
-    base_value, objective, products, pairs, tokens, cpu_seconds. A killed run continues when the same configuration
-    is run again.
+    base_value, objective, products, pairs, old_and_new, tokens, cpu_seconds. A killed run continues when the same
+    configuration is run again.
     """
     if config.workers.count == 0:
         return finetune_here(config)
@@ -97,8 +98,28 @@ def _write(config: FinetuneBtBertConfig, task: BtBertTask, files: RunFiles, dire
         "products": {"train": len(task.train), "valid": len(task.valid)}, "pairs": len(task.units),
         "base": config.base_identity(), "concerns": task.model.card.names(),
         "calibration": calibration.model_dump(mode="json")}
-    card = bt_bert_card(config, values, read_curve(files.curve))
+    curve = read_curve(files.curve)
+    values["old_and_new"] = old_and_new(curve, known_concerns(config.model), values["best_step"])
+    card = bt_bert_card(config, values, curve)
     write_model(directory, KIND, files, values, lambda folder: task.model.save(folder, calibration, card))
+
+
+def old_and_new(curve: Sequence[Mapping[str, Any]], known: Sequence[str], best_step: int
+                ) -> dict[str, dict[str, float]]:
+    """Macro average precision on validation of the concerns that the model knew (`old`) and of the `new` ones, each
+    `before` the first step and `after` the best one; empty for a bare body and where nothing was evaluated.
+    """
+    lines = {line["step"]: line for line in curve if OBJECTIVE in line}
+    if not known or 0 not in lines or best_step not in lines:
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for part, line in (("before", lines[0]), ("after", lines[best_step])):
+        each = {name.removeprefix("ap_"): value for name, value in line.items() if name.startswith("ap_")}
+        for age, values in (("old", [value for name, value in each.items() if name in known]),
+                            ("new", [value for name, value in each.items() if name not in known])):
+            if values:
+                found.setdefault(age, {})[part] = sum(values) / len(values)
+    return found
 
 
 def _publish(config: FinetuneBtBertConfig, staging: Staging, labels: Artifact) -> Artifact:
@@ -110,6 +131,7 @@ def _publish(config: FinetuneBtBertConfig, staging: Staging, labels: Artifact) -
         "base_value": values["base_value"], "objective": OBJECTIVE, "stopped_early": values["stopped"],
         "best_step": values["best_step"] if values["best_value"] is not None else steps,
         "learning_rate": config.optim.learning_rate, "seed": config.seed, "products": values["products"],
-        "pairs": values["pairs"], "tokens": values["sums"].get("tokens", 0.0), "cpu_seconds": values["cpu_seconds"]}
+        "pairs": values["pairs"], "old_and_new": values["old_and_new"],
+        "tokens": values["sums"].get("tokens", 0.0), "cpu_seconds": values["cpu_seconds"]}
     log_outcome(facts)
     return staging.commit(model_files(staging, KIND), config=config, parents={"labels": labels.manifest}, facts=facts)

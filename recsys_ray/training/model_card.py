@@ -179,9 +179,17 @@ def bt_bert_card(config: FinetuneBtBertConfig, values: Mapping[str, Any], curve:
         early=", stopped early" if values["stopped"] else "", tokens=f"{values['sums'].get('tokens', 0):,.0f}",
         sha=git_sha(), settings="\n".join(f"| {name} | {value} |" for name, value in settings.items()),
         first_loss=_mean(losses[:tenth]), last_loss=_mean(losses[-tenth:]),
-        validation=_validation("Products of the validation split", "macro_ap", values, curve),
+        validation=_validation("Products of the validation split", "macro_ap", values, curve) + _ages(values),
         temperature=found["temperature"], thresholds=", ".join(
             f"{name} {found['thresholds'].get(name, 0.5):.2f}" for name in values["concerns"]))
+
+
+def _ages(values: Mapping[str, Any]) -> str:
+    """What became of the concerns that the model knew, beside the new ones; nothing for a bare body."""
+    told = {"old": "concerns it knew", "new": "new ones"}
+    parts = [f"{told[age]}: {one['before']:.3f} before, {one['after']:.3f} after"
+             for age, one in values["old_and_new"].items()]
+    return f"\n\nMacro AP of {'; of '.join(parts)}." if parts else ""
 
 
 ADAPTER_CARD = """---

@@ -16,7 +16,7 @@ import pytest
 from curves import assert_same_curve, curve
 
 from recsys_ray.artifacts import Artifact, open_artifact, stage
-from recsys_ray.config import Config, ConfigError
+from recsys_ray.config import Config, ConfigError, load_config
 from recsys_ray.models.bt_bert import read_card
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer
 from recsys_ray.schema import CONCERN_LABEL, CONCERN_PRODUCT
@@ -157,7 +157,9 @@ def test_a_table_of_labels_is_enough(model: Path, tmp_path: Path) -> None:
     pa_csv.write_csv(pa.table({"sku": [row["product_id"] for row in products], "title": ["gel"] * 60,
                                "inci": [f"aqua, glycerin, {row['ingredients']}" for row in products]}),
                      tmp_path / "products.csv")
-    words = {"ac": "acne", "re": "redness", "ag": "age"}
+    words = {"ac": "acne", "re": "redness", "ag": "dandruff"}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/concerns.yaml").write_text("concerns: {dandruff: {query: dandruff}}\n")
     known = [row for row in labels if row["label"] is not None]
     told = pa.table({"product_id": [row["product_id"] for row in known], "label": [row["label"] for row in known],
                      "concern": [words[row["concern"]] for row in known]})
@@ -165,11 +167,22 @@ def test_a_table_of_labels_is_enough(model: Path, tmp_path: Path) -> None:
     own = settings_of(tmp_path / "labels.csv", model, tmp_path / "model", max_steps=2, layout="seed")
     with pytest.raises(ConfigError, match=r"labels.products.path=FILE"):
         finetune_here(own)
-    whole = own.replace(labels={"path": tmp_path / "labels.csv", "products": {
-        "path": str(tmp_path / "products.csv"), "columns": {"product_id": "sku", "ingredients": "inci"}}})
+    whole = own.replace(labels={
+        "path": tmp_path / "labels.csv", "rules": ["packaged", str(tmp_path / "mine")],
+        "products": {"path": str(tmp_path / "products.csv"), "columns": {"product_id": "sku", "ingredients": "inci"}}})
     facts = finetune_here(whole).manifest.facts
-    assert sorted(one["name"] for one in facts["bt_bert"]["card"]["concerns"]) == ["acne", "age", "redness"]
+    assert sorted(one["name"] for one in facts["bt_bert"]["card"]["concerns"]) == ["acne", "dandruff", "redness"]
     assert facts["products"]["train"] > 30
+
+
+def test_training_on_labels_of_ones_own_is_one_key() -> None:
+    demo = REPO / "configs/finetune_bt_bert/demo.yaml"
+    of_the_demo = load_config(FinetuneBtBertConfig, demo, ["labels.path=labels.csv"]).labels
+    assert of_the_demo.products is not None
+    assert of_the_demo.products.prepared == Path("runs/demo/prepared")
+    own = load_config(FinetuneBtBertConfig, demo, ["labels.path=labels.csv", "labels.products={path: products.csv}"])
+    assert own.labels.products is not None
+    assert (own.labels.products.path, own.labels.products.prepared) == ("products.csv", None)
 
 
 def pairs_of(targets: list[list[float]], weights: list[list[float]]) -> ConcernPairs:
@@ -193,14 +206,23 @@ def test_replay_keeps_a_share_of_the_known_concerns_pairs() -> None:
     assert len(units_of(replayed(pairs, [True, False], 0.25, 7).weights, whole=False)) == 50
 
 
-def test_a_new_concern_is_learned_by_a_model_that_knows_others(labels: Path, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{}, {"body": {"lora": {"rank": 4}}}], ids=["whole", "lora"])
+def test_a_new_concern_is_learned_by_a_model_that_knows_others(labels: Path, model: Path, tmp_path: Path,
+                                                               changes: dict[str, Any]) -> None:
     old = finetune_here(settings_of(labels, model, tmp_path / "old", concerns=("ac", "re"), max_steps=100, epochs=90))
-    both = finetune_here(settings_of(labels, tmp_path / "old", tmp_path / "both", max_steps=40, replay=0.5))
+    both = finetune_here(settings_of(labels, tmp_path / "old", tmp_path / "both", max_steps=40, replay=0.5, **changes))
     assert old.manifest.facts["pairs"] == 238
     assert both.manifest.facts["pairs"] < 358 - 100
     assert read_card(both.path / "bt_bert").names() == ["ac", "ag", "re"]
     best = next(line for line in curve(old) if line["step"] == old.manifest.facts["best_step"] and "ap_ac" in line)
     assert curve(both)[0]["ap_ac"] == pytest.approx(best["ap_ac"], abs=1e-6)    # before its first step it knows them
+    told = both.manifest.facts["old_and_new"]
+    assert told["old"]["before"] == pytest.approx((best["ap_ac"] + best["ap_re"]) / 2, abs=1e-6)
+    assert 0 < told["new"]["before"] <= 1
+    assert "new ones: 0." in (both.path / "bt_bert/README.md").read_text() or told["new"]["before"] == 1
+    assert old.manifest.facts["old_and_new"] == {}
+    scorer = BtBertScorer(BtBertConfig(model=str(both.path / "bt_bert"), device="cpu", dtype="float32"))
+    assert np.isfinite(scorer.score(["a, s"], ["gel"])).all()
 
 
 def test_calibration_finds_a_known_temperature_and_the_best_threshold() -> None:
