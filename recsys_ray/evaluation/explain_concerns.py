@@ -20,7 +20,15 @@ from recsys_ray.data.concern_rulebook import load_rules
 from recsys_ray.data.concerns import Labeller
 from recsys_ray.data.ingredients import parse_ingredients
 from recsys_ray.data.rule_files import PACKAGED
-from recsys_ray.evaluation.explain import AttentionReader, Floats, Listed, occlusion, order_of, ranked_attention
+from recsys_ray.evaluation.explain import (
+    AttentionReader,
+    Floats,
+    Listed,
+    attended_tokens,
+    occlusion,
+    order_of,
+    ranked_attention,
+)
 from recsys_ray.models.bt_bert import KIND as MODEL_KIND
 from recsys_ray.models.bt_bert import Concern
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer, bt_bert_identity
@@ -48,15 +56,16 @@ class ExplainConcernsConfig(Config):
     kinds_only: bool = False                        # no products of no kind that the rules know
     most_products: int = Field(default=100, ge=1)   # drawn of those there are
     top: int = Field(default=5, ge=1)               # ingredients of each answer
+    attended: int = Field(default=1, ge=1)          # tokens of each row of attention, in the published explanation
     shown: int = Field(default=12, ge=0)            # answers on the page
     seed: int = 7
 
 
 def explain_concerns(config: ExplainConcernsConfig) -> Artifact:
-    """The `concern_explanations` artefact: explanations.csv and .parquet (the first `top` ingredients of each answer
-    and method), explanations.json (all of them) and index.html, of every answer that is a yes: a probability from the
-    concern's threshold on.
+    """The `concern_explanations` artefact, of every answer that is a yes: a probability from its threshold on.
 
+    explanations.csv and .parquet (the first `top` ingredients of each answer and method), explanations.json (all of
+    them, and the published set of sub-words) and index.html.
     Facts: model (identity), products, answers, methods. Errors: `ValueError` when no product has an ingredient list.
     """
     book = load_rules(config.rules)
@@ -100,16 +109,21 @@ def _answers(config: ExplainConcernsConfig, listed: dict[str, Listed]) -> Iterat
     yes = [(float(found_NC[place, column]), name, concern) for place, name in enumerate(listed)
            for column, concern in enumerate(concerns) if found_NC[place, column] >= thresholds.get(concern.name, 0.5)]
     for probability, name, concern in sorted(yes, key=lambda one: (-one[0], one[1], one[2].name)):
-        weights = _weights(scorer, reader, concern, listed[name])
+        weights, attended = _explained(scorer, reader, concern, listed[name], config.attended)
         yield {"product_id": name, "title": listed[name].title, "concern": concern.name,
                "probability": round(probability, 4), "ingredients": list(listed[name].ingredients),
-               "weights": {method: [round(float(one), 5) for one in found] for method, found in weights.items()}}
+               "weights": {method: [round(float(one), 5) for one in found] for method, found in weights.items()},
+               "attended": attended}
 
 
-def _weights(scorer: BtBertScorer, reader: AttentionReader, concern: Concern, listed: Listed) -> dict[str, Floats]:
+def _explained(scorer: BtBertScorer, reader: AttentionReader, concern: Concern, listed: Listed, k: int
+               ) -> tuple[dict[str, Floats], list[str]]:
+    """(the weights of all ingredients by each method, the published set of sub-words)."""
     pair, owners = reader.pair(concern, listed)
-    attention = ranked_attention(reader.attention(pair.ids), pair, owners, len(listed.ingredients))
-    return {"occlusion": occlusion(scorer, concern, listed), "attention": attention}
+    attention_HLL = reader.attention(pair.ids)
+    weights = {"occlusion": occlusion(scorer, concern, listed),
+               "attention": ranked_attention(attention_HLL, pair, owners, len(listed.ingredients))}
+    return weights, attended_tokens(attention_HLL, reader.tokens(pair.ids), reader.special, k)
 
 
 def _table(answers: list[Row], top: int) -> pa.Table:

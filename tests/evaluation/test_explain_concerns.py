@@ -41,6 +41,8 @@ def test_every_yes_is_explained_by_whole_ingredients(config: ExplainConcernsConf
     of_a = next(answer for answer in answers if answer["product_id"] == "a")
     assert [one.split(" ")[0] for one in of_a["ingredients"]] == ["Aqua", "Salicylic", "Glycerin"]
     assert {method: len(weights) for method, weights in of_a["weights"].items()} == {"occlusion": 3, "attention": 3}
+    assert of_a["attended"]     # the published set: sub-words without the special ones
+    assert not {"[CLS]", "[SEP]", "[PAD]", ","} & set(of_a["attended"])
     assert explain_concerns(config).manifest.version == artifact.manifest.version
 
 
