@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,7 @@ from recsys_ray.data.sources.blocks import Piece, Recipe, pieces_of, read_piece
 from recsys_ray.data.sources.config import TableSource
 from recsys_ray.data.sources.plan import file_states, recipes
 from recsys_ray.models.bt_bert import KIND as MODEL_KIND
+from recsys_ray.models.bt_bert import Concern
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer, bt_bert_identity
 from recsys_ray.models.sentence_layout import find_model
 from recsys_ray.piecework import piece_file, run_pieces
@@ -91,6 +92,7 @@ class ScoreConcernsConfig(Config):
     products: ScoredTable
     output: Path                                        # artefact root of the scores
     model: BtBertConfig
+    queries: dict[str, str] = Field(default_factory=dict)   # concern -> other words to ask for it with
     workers: int | None = Field(default=None, ge=1)     # None: one a GPU, else one a core
     ray: RayConfig = RayConfig()
 
@@ -105,6 +107,7 @@ class _Job:
     options: ScoredTable
     staging: str
     model: dict[str, Any]
+    queries: dict[str, str]
 
 
 def score_concerns(config: ScoreConcernsConfig) -> Artifact:
@@ -112,12 +115,14 @@ def score_concerns(config: ScoreConcernsConfig) -> Artifact:
 
     Columns: product_id, one float32 probability a concern, `addresses` (the concerns from their thresholds on),
     `note` (why a probability says little; null for most). Of a prepared artefact scores/bucket-*.parquet hold the rows
-    of its buckets by row id, with `row_id` and `has_ingredients`. Facts: model (identity), concerns, rows, quarantined.
+    of its buckets by row id, with `row_id` and `has_ingredients`. Facts: model (identity), concerns, queries, rows,
+    quarantined. Errors: `ValueError` for a query of a concern that the model does not know.
     """
     source, prepared = config.products.source(), config.products.prepared()
     identity, output = bt_bert_identity(config.model), config.output.resolve()
+    _check_queries(config.queries, identity["card"])
     key = fingerprint({
-        "stage": STAGE_VERSION, "model": identity, "dtype": config.model.dtype,
+        "stage": STAGE_VERSION, "model": identity, "dtype": config.model.dtype, "queries": config.queries,
         "options": config.products.model_dump(mode="json", exclude={"path", "rules"}),
         "rules": load_rules(config.products.rules).digest,
         "files": file_states(source, ("products",)) if prepared is None else prepared.manifest.reference})
@@ -131,8 +136,16 @@ def score_concerns(config: ScoreConcernsConfig) -> Artifact:
         model = config.model.replace(model=str(find_model(config.model.model, MODEL_KIND)))
         buckets = int(prepared.manifest.facts["num_buckets"]) if prepared else 0
         job = _Job(work, buckets, prepared, _decided(config.products, prepared), str(staging.path),
-                   model.model_dump(mode="json"))
+                   model.model_dump(mode="json"), config.queries)
         return _run(config, job, staging, identity)
+
+
+def _check_queries(queries: Mapping[str, str], card: Mapping[str, Any]) -> None:
+    known = [one["name"] for one in card["concerns"]]
+    if queries and card["mode"] == "explicit":
+        raise ValueError("queries: an explicit model reads no query")
+    if unknown := [name for name in queries if name not in known]:
+        raise ValueError(f"queries: unknown concern {unknown[0]!r}; the model knows {', '.join(known)}")
 
 
 def _decided(options: ScoredTable, prepared: Artifact | None) -> ScoredTable:
@@ -151,8 +164,8 @@ def _run(config: ScoreConcernsConfig, job: _Job, staging: Staging, identity: dic
         raise ValueError(f"{config.products.path}: no row could be read; the first reason: "
                          f"{quarantine['reason'][0].as_py() if quarantine.num_rows else 'the table is empty'}")
     files = [*made, staging.write_table("quarantine.parquet", quarantine), staging.entry(CSV, rows)]
-    facts = {"model": identity, "concerns": [one["name"] for one in identity["card"]["concerns"]], "rows": rows,
-             "quarantined": quarantine.num_rows}
+    facts = {"model": identity, "concerns": [one["name"] for one in identity["card"]["concerns"]],
+             "queries": config.queries, "rows": rows, "quarantined": quarantine.num_rows}
     log.info("%d products scored, %d set aside", rows, quarantine.num_rows)
     if without == rows:
         log.warning("none of the %d products has ingredients, so only titles were read; name their column: "
@@ -168,6 +181,7 @@ class _Scorer:
         self.job = job
         self.scorer = BtBertScorer(BtBertConfig.model_validate(job.model))
         self.labeller = Labeller(load_rules(job.options.rules))
+        self.asked = tuple(one.replace(query=job.queries.get(one.name, one.query)) for one in self.scorer.card.concerns)
 
 
 class _PieceScorer(_Scorer):
@@ -179,7 +193,8 @@ class _PieceScorer(_Scorer):
         for block in read_piece(*self.job.work[number]):
             bad = pc.is_valid(block["_error"])
             set_aside.append(_quarantined(block.filter(bad)))
-            scored.append(score_products(self.scorer, block.filter(pc.invert(bad)), self.job.options, self.labeller))
+            scored.append(score_products(self.scorer, block.filter(pc.invert(bad)), self.job.options, self.labeller,
+                                         self.asked))
         write_table(Path(self.job.staging), piece_file(ASIDE, number), pa.concat_tables(set_aside))
         return pa.concat_tables(scored)
 
@@ -191,7 +206,7 @@ class _BucketScorer(_Scorer):
         """The scores of a bucket's products."""
         assert self.job.prepared is not None
         products = self.job.prepared.table(piece_file("products/bucket", number), READ)
-        return score_bucket(self.scorer, products, self.job.options, self.labeller)
+        return score_bucket(self.scorer, products, self.job.options, self.labeller, self.asked)
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -202,15 +217,17 @@ def score_schema(scorer: BtBertScorer) -> pa.Schema:
                       pa.field("addresses", pa.list_(pa.string())), pa.field("note", pa.string())])
 
 
-def score_products(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, labeller: Labeller) -> pa.Table:
-    """RAW_PRODUCT rows -> their scores, in their order."""
-    return _scored(scorer, with_lists(products, options, labeller), labeller.rulebook)[0]
+def score_products(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, labeller: Labeller,
+                   asked: Sequence[Concern] | None = None) -> pa.Table:
+    """RAW_PRODUCT rows -> their scores, in their order; `asked`: the model's concerns, in other words."""
+    return _scored(scorer, with_lists(products, options, labeller), labeller.rulebook, asked)[0]
 
 
-def score_bucket(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, labeller: Labeller) -> pa.Table:
-    """PRODUCT rows -> their scores by row id."""
+def score_bucket(scorer: BtBertScorer, products: pa.Table, options: ScoredTable, labeller: Labeller,
+                 asked: Sequence[Concern] | None = None) -> pa.Table:
+    """PRODUCT rows -> their scores by row id; `asked`: the model's concerns, in other words."""
     products = with_lists(products.sort_by("row_id"), options, labeller)
-    table, has = _scored(scorer, products, labeller.rulebook)
+    table, has = _scored(scorer, products, labeller.rulebook, asked)
     return table.append_column("row_id", products["row_id"].combine_chunks()).append_column("has_ingredients", has)
 
 
@@ -238,10 +255,11 @@ def with_lists(products: pa.Table, options: ScoredTable, labeller: Labeller) -> 
         else products
 
 
-def _scored(scorer: BtBertScorer, products: pa.Table, book: Rulebook) -> tuple[pa.Table, pa.Array]:
+def _scored(scorer: BtBertScorer, products: pa.Table, book: Rulebook, asked: Sequence[Concern] | None
+            ) -> tuple[pa.Table, pa.Array]:
     """(scores in the order of the rows, which of them have ingredients)."""
     ingredients, titles = products["ingredients"].to_pylist(), products["title"].to_pylist()
-    found_NC = scorer.score(ingredients, titles)
+    found_NC = scorer.score(ingredients, titles, asked)
     names, thresholds = scorer.card.names(), scorer.card.calibration.thresholds
     said_NC = found_NC >= np.array([thresholds.get(name, 0.5) for name in names], dtype=np.float32)
     notes = [_note(*row, book) for row in zip(ingredients, titles, products["_found"].to_pylist(), strict=True)]

@@ -40,6 +40,9 @@ def open_concerns(scores: Path, reasons: Path | None, prepared: Manifest) -> tup
         found = scored.manifest.parents.get("prepared", "a plain table")
         raise IndexMismatch(f"{scored.path}: concern scores of {found}, but what is indexed is {prepared.reference}; "
                             "run score_concerns with products.path at the prepared artefact")
+    if words := scored.manifest.facts.get("queries"):
+        raise IndexMismatch(f"{scored.path}: concerns were asked for in other words ({', '.join(words)}); run "
+                            "score_concerns without queries")
     if reasons is None:
         return scored, None
     told = open_artifact(reasons, REASONS_KIND)

@@ -84,6 +84,20 @@ def test_a_tables_texts_may_be_read_and_rows_left_out(folder: Path) -> None:
     assert found["note"].to_pylist() == [None, "ingredients found in its text"]
 
 
+def test_concerns_are_asked_for_in_other_words(folder: Path, tmp_path: Path) -> None:
+    scorer = BtBertScorer(BtBertConfig(model=str(folder), device="cpu"))
+    products = conform(pa.table({"product_id": ["a"], "title": ["gel"], "ingredients": ["aqua, zinc"]}), RAW_PRODUCT,
+                       "products")
+    options, words = ScoredTable(path="own"), [Concern(name="acne", query="re"), Concern(name="redness", query="re")]
+    found, plain = (score_products(scorer, products, options, LABELLER, asked) for asked in (words, None))
+    assert found["acne"] == plain["redness"]
+    assert found["acne"] != plain["acne"]
+    config = ScoreConcernsConfig.model_validate({"products": {"path": "none.csv"}, "output": tmp_path / "out",
+                                                 "model": {"model": str(folder)}, "queries": {"cellulite": "dimples"}})
+    with pytest.raises(ValueError, match="unknown concern 'cellulite'; the model knows acne, redness"):
+        score_concerns(config)
+
+
 def test_a_shop_of_all_kinds_is_asked_for_the_known_ones(folder: Path) -> None:
     scorer = BtBertScorer(BtBertConfig(model=str(folder), device="cpu"))
     products = conform(pa.table({
