@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("suite", deadline=None)   # a busy machine is no failure
+settings.load_profile("suite")
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch: test files run beside one another, one core each
 
 REPO = Path(__file__).resolve().parents[1]

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from recsys_ray.runtime import free_ports
+
 REPO = Path(__file__).resolve().parents[2]
 
 
@@ -70,7 +72,7 @@ def test_in_an_open_loop_nobody_waits_for_another(slow_server: tuple[str, list[i
 
 
 def test_a_server_that_is_not_there_is_no_answer() -> None:
-    (answer,) = asyncio.run(clients.closed_loop(f"http://127.0.0.1:{clients.free_port()}", [b"{}"], 1))
+    (answer,) = asyncio.run(clients.closed_loop(f"http://127.0.0.1:{free_ports(1)[0]}", [b"{}"], 1))
     assert answer.status == 0
 
 

@@ -87,7 +87,7 @@ def test_what_is_refused(data: bytes, limits: dict[str, int], reason: str) -> No
         decode_image(data, ImageLimits(**limits))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_damaged_bytes_are_refused_or_decoded_never_anything_else(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "GIF", "BMP"]))

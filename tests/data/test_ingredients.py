@@ -112,7 +112,7 @@ def test_one_spelling_has_one_name() -> None:
         Synonyms({"ascorbic acid": ["vitamin c"], "citric acid": ["Vitamin C"]})
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.text(max_size=400))
 def test_any_text_gives_unique_lower_case_names(text: str) -> None:
     found = names(text)
@@ -120,14 +120,14 @@ def test_any_text_gives_unique_lower_case_names(text: str) -> None:
     assert all(name and name == name.strip() for name in found)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(KNOWN), unique=True, max_size=30), st.sampled_from([", ", "; ", "\n", " • ", " | "]))
 def test_known_names_keep_their_order_whatever_divides_them(chosen: list[str], separator: str) -> None:
     assert names(separator.join(chosen)) == chosen
     assert names(separator.join(name.upper() for name in chosen)) == chosen
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(KNOWN), unique=True, min_size=1, max_size=10), st.text(max_size=60))
 def test_reading_what_was_read_changes_nothing(chosen: list[str], noise: str) -> None:
     once = [name for name in names(", ".join(chosen)) if BOOK.synonyms.knows(name)]

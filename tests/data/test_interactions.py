@@ -66,7 +66,7 @@ def test_contexts_are_the_best_rated_with_their_genres() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(1, 5), st.integers(0, 5)), min_size=2, max_size=8,
                 unique_by=lambda one: one[0]), st.booleans(), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_no_context_names_its_candidates_or_the_future(rows: list[tuple[int, int, int]], timed: bool, data: Any
                                                        ) -> None:
     titles = ["Emma", "Emma (Classics, #3)", "It", "It's It", "Emma; Persuasion", "It by It", "A. B.", "emma!"]

@@ -153,7 +153,7 @@ def test_reviews_that_differ_have_different_ids(name: str, tmp_path: Path) -> No
     assert one["review_id"] != two["review_id"]
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.dictionaries(st.sampled_from(sorted({**PRODUCT, **REVIEW})), st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=6)))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from recsys_ray.data.sources import lines
@@ -40,7 +40,6 @@ def csv_records(content: bytes, delimiter: str = ",") -> list[Record]:
     return list(read_csv(BytesFile(content, "memory.csv"), delimiter))
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=12).map(lambda one: one.replace(b"\n", b"").replace(b"\r", b"")), min_size=1),
        st.booleans(), st.integers(1, 40), st.integers(1, 9))
 def test_ranges_of_any_size_give_every_line_once(
@@ -116,7 +115,6 @@ def test_what_json_writers_leave_for_a_missing_value_is_null() -> None:
     assert parse_json_line(b'{"price": NaN}') == {"price": None}
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_parser(data: bytes) -> None:
     try:
@@ -132,7 +130,6 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.
                     | st.dictionaries(st.text(max_size=5), inner, max_size=4), max_leaves=10)
 
 
-@settings(deadline=None)
 @given(st.lists(st.dictionaries(st.text(max_size=5), JSON, max_size=4), min_size=1, max_size=10), st.booleans(),
        st.integers(1, 50))
 def test_objects_come_back_as_they_were_written(objects: list[dict[str, Any]], ascii_only: bool, split: int) -> None:
@@ -201,7 +198,6 @@ def test_an_open_quote_does_not_swallow_the_file() -> None:
     assert [record.error is None for record in records] == [False] + [True] * 5000
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=8),
                          min_size=3, max_size=3), min_size=1, max_size=8), st.sampled_from(",;\t|"))
 def test_csv_rows_come_back_as_they_were_written(rows: list[list[str]], delimiter: str) -> None:
@@ -213,7 +209,6 @@ def test_csv_rows_come_back_as_they_were_written(rows: list[list[str]], delimite
     assert [list((record.values or {}).values()) for record in records] == expected
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_no_bytes_break_the_csv_reader(content: bytes) -> None:
     for record in csv_records(b"a,b\n" + content):

@@ -117,7 +117,7 @@ ANYTHING = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.
                                                                                            max_size=3), max_leaves=8)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.sampled_from([TEXT, ID, RATING, VOTES, TIME, COUNT, FLAG, LIST, MAP, DATA]), ANYTHING)
 def test_any_value_fits_the_type_or_has_a_reason(field: pa.Field, value: Any) -> None:
     if value is None:

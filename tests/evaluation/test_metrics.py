@@ -96,7 +96,7 @@ problems = st.lists(st.tuples(one_judged, one_answer), min_size=1, max_size=6)
 
 @pytest.mark.parametrize("name", SPECS)
 @given(problem=problems)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_equals_the_definition_read_naively(name, problem):
     judgments = {f"q{i}": judged for i, (judged, _) in enumerate(problem)}
     answers = {f"q{i}": answer for i, (_, answer) in enumerate(problem)}
@@ -106,7 +106,7 @@ def test_equals_the_definition_read_naively(name, problem):
 
 
 @given(problem=problems)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_ndcg_equals_trec_eval(problem):
     judgments = {f"q{i}": judged for i, (judged, _) in enumerate(problem)}
     answers = {f"q{i}": answer for i, (_, answer) in enumerate(problem) if answer}
@@ -119,7 +119,7 @@ def test_ndcg_equals_trec_eval(problem):
 
 
 @given(gains=st.lists(st.sampled_from([0.0, 0.01, 0.1, 1.0]), min_size=2, max_size=12), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_ndcg_with_fractional_gains_equals_scikit_learn(gains, seed):
     order = np.random.default_rng(seed).permutation(len(gains))
     judgments = {"q": {f"p{i}": gain for i, gain in enumerate(gains)}}

@@ -144,7 +144,7 @@ def literal(tiny_text_model: Callable[..., Path]) -> BtBert:
     return model_of(tiny_text_model(), "literal_softmax16")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(ingredients=st.text(max_size=60), title=st.text(max_size=30), growth=st.floats(-30, 30))
 def test_the_published_logit_never_says_no(literal: BtBert, ingredients: str, title: str, growth: float) -> None:
     """Weights are not negative, so their sum is not, so no probability is below one half, whatever is learned."""

@@ -24,7 +24,7 @@ def table(rows: list[tuple[Any, ...]]) -> pa.Table:
     return pa.Table.from_pylist([dict(zip(schema.names, row, strict=True)) for row in rows], schema=schema)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(REVIEW, max_size=25), ASKED)
 def test_they_are_those_of_the_earlier_reviews(rows: list[tuple[Any, ...]], asked: list[tuple[int, int]]) -> None:
     found = point_in_time(table(rows), *np.array(asked, np.int64).T).to_pylist()
@@ -42,7 +42,7 @@ def test_they_are_those_of_the_earlier_reviews(rows: list[tuple[Any, ...]], aske
             assert one[name] == (None if value is None else pytest.approx(value, abs=1e-6)), name
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(REVIEW, max_size=25), st.lists(REVIEW, max_size=25), ASKED, st.randoms())
 def test_a_shuffled_future_changes_not_one_bit(rows: list[tuple[Any, ...]], other: list[tuple[Any, ...]],
                                                asked: list[tuple[int, int]], random: Any) -> None:

@@ -65,7 +65,7 @@ def test_unknown_filter_values_match_nothing(app) -> None:  # type: ignore[no-un
     assert answer.json()["candidates"] == 0
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=300) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(

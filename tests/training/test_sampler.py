@@ -65,7 +65,7 @@ def test_no_product_comes_twice_while_others_are_left() -> None:
     assert repeats(distinct) == 0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 30), st.integers(0, 1000))
 def test_spreading_loses_and_repeats_nothing(batches: int, size: int, kinds: int, seed: int) -> None:
     keys = np.random.default_rng(seed).integers(0, kinds, batches * size)
