@@ -81,6 +81,7 @@ class JobConfig(Config):
     low_shares: tuple[float, ...] = (0.5, 0.25, 0.125)
     low_rows: tuple[str, ...] = ("presoftmax", "explicit")
     new_concerns: tuple[str, ...] = ("eyebag", "age")
+    extension: dict[str, Any] = Field(default_factory=dict)     # keys of FinetuneBtBertConfig where those are added
     rule_rows: tuple[str, ...] = ("presoftmax", "explicit")
     withheld_rules: tuple[str, ...]
     explained: int = Field(default=60, ge=1)            # answers
@@ -161,6 +162,8 @@ def _identity(config: JobConfig, name: str) -> dict[str, Any]:
              "row": config.rows[config.low_rows[0] if kind == "new" else row]}
     if kind == "new":
         known["new"] = list(config.new_concerns)
+        if row != WAYS[0]:
+            known["extension"] = config.extension
     if kind in ("rules", "why", "robust"):
         known["rules"] = load_rules().digest
     return known | {"rules": {"withheld": list(config.withheld_rules)}, "why": {"explained": config.explained},
@@ -291,8 +294,9 @@ def _base(config: JobConfig) -> tuple[Path, dict[str, Any]]:
 
 def _extended(config: JobConfig, way: str) -> dict[str, Any]:
     """One epoch on all concerns from the model of the old ones, or on the new ones alone."""
-    model, added = _train(config, f"new/{way}", "annotated", config.low_rows[0], 1, model=str(_base(config)[0]),
-                          epochs=1, replay=float(way == "replay"))
+    model, added = _train(config, f"new/{way}", "annotated", config.low_rows[0], 1,
+                          **{**config.extension, "model": str(_base(config)[0]), "epochs": 1,
+                             "replay": float(way == "replay")})
     return {"training": added, **_probabilities(model, _tested(_labels(config)))}
 
 

@@ -128,6 +128,7 @@ class BtBertTask:
         self.sampler = BatchSampler(settings, config.seed, lengths[self.units[:, 0]], numbers, numbers)
         self.judged = self.valid.take(drawn(len(self.valid), config.validation_products, config.seed))
         self.judged_products = self.tokens.products(self.judged.ingredients, self.judged.titles)
+        self.learned_C = (self.train.weights > 0).any(axis=0)
         self.wrapped: Any = self.model
         if world_size() > 1:
             self.model.mean_of = mean_over_workers
@@ -138,7 +139,7 @@ class BtBertTask:
         """What the loop runs."""
         several = {"no_sync": self.wrapped.no_sync} if world_size() > 1 else {}
         return Task(model=self.model, batches_per_epoch=self.sampler.steps_per_epoch, backward=self.backward,
-                    evaluate=self.evaluate if can_judge(self.judged) else None, objective=OBJECTIVE,
+                    evaluate=self.evaluate if can_judge(self.judged, self.learned_C) else None, objective=OBJECTIVE,
                     begin=self.begin, half=self.model.encoder.dtype == "float16",
                     rates={TOKENS: self.config.token_rate} | dict.fromkeys(
                         self.model.head_names, self.config.head_rate), **several)
@@ -198,12 +199,15 @@ class BtBertTask:
         return out.reshape(len(products), count)
 
     def evaluate(self) -> Mapping[str, float]:
-        """Average precision of each concern on the validation products, and the mean of those that have one."""
+        """Average precision of each concern on the validation products, and the mean of those learned here.
+
+        Without replay that leaves the known ones out: weights that forget them could otherwise never be the best.
+        """
         logits_PC = self.logits(self.judged_products)
         each = average_precisions(logits_PC, self.judged.targets, self.judged.weights)
         named = {f"ap_{name}": value for name, value in zip(self.model.card.names(), each, strict=True)
                  if np.isfinite(value)}
-        return {OBJECTIVE: float(np.nanmean(each)), **named}
+        return {OBJECTIVE: float(np.nanmean(each[self.learned_C])), **named}
 
 
 def build_task(config: FinetuneBtBertConfig, concerns: tuple[Concern, ...], train: ConcernPairs, valid: ConcernPairs
@@ -287,11 +291,11 @@ def drawn(count: int, wanted: int, seed: int) -> Ints:
     return np.sort(np.random.default_rng([seed, 1]).permutation(count)[:wanted]).astype(np.int64)
 
 
-def can_judge(pairs: ConcernPairs) -> bool:
-    """Whether some concern has a positive and a negative to be told apart."""
-    found = average_precisions(np.zeros_like(pairs.targets), pairs.targets, pairs.weights)
+def can_judge(pairs: ConcernPairs, learned_C: npt.NDArray[np.bool_]) -> bool:
+    """Whether some concern that is learned has a positive and a negative to be told apart."""
+    found = average_precisions(np.zeros_like(pairs.targets), pairs.targets, pairs.weights)[learned_C]
     if not np.isfinite(found).any():
-        log.warning("no validation product is labelled positive for any concern: the last weights are kept")
+        log.warning("no validation product is labelled positive for a concern to learn: the last weights are kept")
     return bool(np.isfinite(found).any())
 
 

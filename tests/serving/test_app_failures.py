@@ -21,7 +21,7 @@ from recsys_ray.serving.app import serving
 from recsys_ray.serving.config import ServeConfig, Stage, Stages
 
 pytestmark = pytest.mark.ray
-DEADLINE_S = 2.0
+DEADLINE_S = 5.0
 CLIENTS = 4
 
 

@@ -223,6 +223,10 @@ def test_a_new_concern_is_learned_by_a_model_that_knows_others(labels: Path, mod
     assert old.manifest.facts["old_and_new"] == {}
     scorer = BtBertScorer(BtBertConfig(model=str(both.path / "bt_bert"), device="cpu", dtype="float32"))
     assert np.isfinite(scorer.score(["a, s"], ["gel"])).all()
+    alone = finetune_here(settings_of(labels, tmp_path / "old", tmp_path / "alone", max_steps=2, replay=0.0, **changes))
+    judged = [line for line in curve(alone) if "ap_ag" in line]
+    assert judged
+    assert all(line["macro_ap"] == line["ap_ag"] for line in judged)    # what is not learned has no say in the best
 
 
 def test_calibration_finds_a_known_temperature_and_the_best_threshold() -> None:
