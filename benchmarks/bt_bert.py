@@ -67,6 +67,7 @@ from recsys_ray.training.bt_bert_run import finetune_here
 
 log = logging.getLogger(__name__)
 WAYS = ("base", "replay", "forget")     # of the cells new/<way>; the others begin from the first
+BASE = f"new/{WAYS[0]}"
 
 
 class JobConfig(Config):
@@ -132,7 +133,7 @@ def dependants(config: JobConfig) -> dict[str, list[str]]:
     """The cells that begin from the model of another one, by that one."""
     row = config.low_rows[0]
     return {f"model/{row}/1": [f"{kind}/{row}/1" for kind in ("why", "robust", "speed")],
-            f"new/{WAYS[0]}": [f"new/{way}" for way in WAYS[1:]]}
+            BASE: [f"new/{way}" for way in WAYS[1:]]}
 
 
 def cell_file(config: JobConfig, name: str) -> Path:
@@ -224,7 +225,7 @@ def _make_cell(config: JobConfig, name: str) -> None:
 
     torch.set_num_threads(1)
     kind, row, *rest = name.split("/")
-    if name == f"new/{WAYS[0]}":
+    if name == BASE:
         model, facts = _base(config)
         document = {"training": facts, **_probabilities(model, _tested(_labels(config)))}
     elif kind == "why":
@@ -289,13 +290,13 @@ def _base(config: JobConfig) -> tuple[Path, dict[str, Any]]:
     """A model of the old concerns alone."""
     old = [name for name in _labels(config).manifest.facts["concerns"] if name not in config.new_concerns]
     row = config.low_rows[0]
-    return _train(config, f"new/{WAYS[0]}", "annotated", row, 1, budget(config, row), concerns=tuple(old))
+    return _train(config, BASE, "annotated", row, 1, budget(config, row), concerns=tuple(old))
 
 
 def _extended(config: JobConfig, way: str) -> dict[str, Any]:
     """One epoch on all concerns from the model of the old ones, or on the new ones alone."""
     model, added = _train(config, f"new/{way}", "annotated", config.low_rows[0], 1,
-                          **{**config.extension, "model": str(_base(config)[0]), "epochs": 1,
+                          **{**config.extension, "model": str(config.work / "models" / BASE), "epochs": 1,
                              "replay": float(way == "replay")})
     return {"training": added, **_probabilities(model, _tested(_labels(config)))}
 
