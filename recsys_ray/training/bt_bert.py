@@ -128,7 +128,7 @@ class BtBertTask:
         self.sampler = BatchSampler(settings, config.seed, lengths[self.units[:, 0]], numbers, numbers)
         self.judged = self.valid.take(drawn(len(self.valid), config.validation_products, config.seed))
         self.judged_products = self.tokens.products(self.judged.ingredients, self.judged.titles)
-        self.learned_C = (self.train.weights > 0).any(axis=0)
+        self.learned_C: npt.NDArray[np.bool_] = np.any(self.train.weights > 0, axis=0)
         self.wrapped: Any = self.model
         if world_size() > 1:
             self.model.mean_of = mean_over_workers
