@@ -84,6 +84,8 @@ class JobConfig(Config):
     cross_encoders: dict[str, RerankerRow] = Field(default_factory=dict)
     blended: tuple[str, ...] = ()                   # those the blend reads, which also take part in the full ranking
     cpu_seconds: float = Field(default=600, gt=0)   # of each cross-encoder's training, at most
+    losses: tuple[str, ...] = ()    # tried on the first of `blended`; what validation users prefer trains every row
+    loss_cpu_seconds: float = Field(default=200, gt=0)              # of each of these trainings, at most
     finetune: dict[str, Any] = Field(default_factory=dict)          # of every cross-encoder
     max_tokens: int = Field(default=160, ge=8)      # of context and book together
     depth: int = Field(default=20, ge=1)            # books of the first stage that cross-encoders reorder
@@ -95,6 +97,8 @@ class JobConfig(Config):
     def _known(self) -> Self:
         if unknown := set(self.blended) - set(self.cross_encoders):
             raise ValueError(f"blended: {sorted(unknown)} are none of cross_encoders: {', '.join(self.cross_encoders)}")
+        if self.losses and not self.blended:
+            raise ValueError("losses: are tried on the first of `blended`, which is empty")
         return self
 
 
@@ -113,11 +117,14 @@ def run(config: JobConfig) -> Path:
     panels = {split: read_panel(judged, split, histories, books, most)
               for split, most in (("valid", config.valid_users), ("test", config.test_users))}
     scores = {split: _scores(config, split, panel, books, recommenders, sequence) for split, panel in panels.items()}
+    tried = {loss: _cross_encoder(config, config.blended[0], lists, loss) for loss in config.losses}
+    config = config.replace(finetune={**config.finetune, **_best_loss(tried)})
     rerankers = {name: _cross_encoder(config, name, lists) for name in config.cross_encoders}
     reranked = {split: {name: _reranked(config, split, name, one, panel, books, scores[split])
                         for name, one in rerankers.items()} for split, panel in panels.items()}
     return _write(config, panels, scores, reranked, {
         "recommenders": recommenders.manifest.facts, "sequence": sequence.manifest.facts,
+        "losses": {name: _cost(one) for name, one in tried.items()},
         "cross_encoders": {name: _cost(one) for name, one in rerankers.items()},
         "pairs": judged.manifest.facts})
 
@@ -153,12 +160,26 @@ def _embeddings(config: JobConfig, pairs: Artifact, histories: Histories) -> Art
                               facts={"encoder": model.identity})
 
 
-def _cross_encoder(config: JobConfig, name: str, lists: str) -> Artifact:
+def _cross_encoder(config: JobConfig, name: str, lists: str, tried_loss: str | None = None) -> Artifact:
+    """The cross-encoder of a row, or a shorter training of it with a loss that is tried."""
     row = config.cross_encoders[name]
     pairs = _pairs(config, name, row.negatives, lists if row.negatives.get("mined") else None, row.users)
+    training = {"max_cpu_seconds": config.cpu_seconds, "max_tokens": config.max_tokens, **config.finetune,
+                **row.finetune}
+    if tried_loss is not None:
+        training |= {"max_cpu_seconds": config.loss_cpu_seconds, "loss": tried_loss}
     return finetune_cross_encoder(FinetuneCrossEncoderConfig.model_validate({
-        "max_cpu_seconds": config.cpu_seconds, "max_tokens": config.max_tokens, **config.finetune, **row.finetune,
-        "pairs": pairs.path.parents[1], "output": config.work / "cross_encoders" / name, "seed": config.seed}))
+        **training, "pairs": pairs.path.parents[1], "seed": config.seed,
+        "output": config.work / ("cross_encoders" if tried_loss is None else "losses") / (tried_loss or name)}))
+
+
+def _best_loss(tried: Mapping[str, Artifact]) -> dict[str, str]:
+    """The loss that validation users prefer, as a key of `finetune`; nothing where none was tried."""
+    values = {loss: one.manifest.facts["best_value"] for loss, one in tried.items()}
+    if any(value is None for value in values.values()):
+        raise ValueError(f"losses: {values}: without an evaluation there is nothing to choose by; raise "
+                         "loss_cpu_seconds or lower finetune.evaluate_every")
+    return {"loss": max(values, key=lambda loss: values[loss])} if values else {}
 
 
 def _cost(artifact: Artifact) -> dict[str, Any]:

@@ -37,6 +37,7 @@ MALFORMED = (b"", b"{", b'{"query": ""}', b'{"query": "\\ud800"}', b'{"query": "
              b'{"query": "a", "filters": {"colour": ["red"]}}',
              b"[" * 20_000, b"x" * 70_000)
 P99_S = 1.0
+Sample = tuple[float, dict[str, float]]     # seconds from the start, MB of the processes by name
 
 
 class JobConfig(Config):
@@ -66,20 +67,21 @@ def run(config: JobConfig) -> Path:
         trials = list[dict[str, float]]()
         capacity = find_capacity(side, config, trials)
         log.info("capacity %.2f requests a second", capacity)
-        samples = list[tuple[float, float]]()
+        samples = list[Sample]()
         with sampled(side, samples, config.sample_s):
             answers = asyncio.run(open_loop(side.url, bodies(config, config.malformed), config.share * capacity,
                                             60 * config.minutes, config.seed))
     statuses = Counter(one.status for one in answers)
     good = [one for one in answers if one.status == 200]
-    slope = slope_per_min(samples, config.settle_s)
+    slope = slope_per_min([(seconds, sum(mb.values())) for seconds, mb in samples], config.settle_s)
     headline: dict[str, float | None] = {
         "requests": len(answers),
         "status_5xx": sum(count for status, count in statuses.items() if status >= 500 or not status),
         "rss_slope_mb_per_min": slope, "capacity_per_s": capacity, "p99_ms": percentiles(good)["p99_ms"],
         "degraded": sum(bool(one.body.get("degraded")) for one in good)}
     tables = {"statuses": {str(status): count for status, count in sorted(statuses.items())}, "trials": trials,
-              "minutes": by_minute(answers, samples), "setting": config.model_dump(mode="json")}
+              "minutes": by_minute(answers, samples), "processes": by_process(samples, config.settle_s),
+              "setting": config.model_dump(mode="json")}
     return write_result(config.result, command=f"python benchmarks/load.py {' '.join(sys.argv[1:])}",
                         headline=headline, tables=tables, seeds=[config.seed])
 
@@ -117,9 +119,9 @@ def find_capacity(side: Side, config: JobConfig, trials: list[dict[str, float]])
 
 
 class sampled:  # noqa: N801 - reads as what it does
-    """Memory of a side, as (seconds from the start, MB), while the block runs."""
+    """Memory of a side while the block runs."""
 
-    def __init__(self, side: Side, samples: list[tuple[float, float]], every_s: float) -> None:
+    def __init__(self, side: Side, samples: list[Sample], every_s: float) -> None:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, args=(side, samples, every_s), daemon=True)
 
@@ -130,7 +132,7 @@ class sampled:  # noqa: N801 - reads as what it does
         self._ended.set()
         self._thread.join()
 
-    def _watch(self, side: Side, samples: list[tuple[float, float]], every_s: float) -> None:
+    def _watch(self, side: Side, samples: list[Sample], every_s: float) -> None:
         start = time.monotonic()
         while not self._ended.wait(every_s):
             samples.append((time.monotonic() - start, side.rss_mb()))
@@ -145,12 +147,22 @@ def slope_per_min(samples: Sequence[tuple[float, float]], settle_s: float) -> fl
     return float(np.polyfit(minutes, mb, 1)[0])
 
 
-def by_minute(answers: Sequence[Answered], samples: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+def by_process(samples: Sequence[Sample], settle_s: float) -> list[dict[str, Any]]:
+    """Where the memory is and where it grew: of each kind of process, the largest first."""
+    kept = [(seconds, mb) for seconds, mb in samples if seconds >= settle_s]
+    names = {name for _, mb in kept for name in mb}
+    found = [{"process": name, "first_mb": kept[0][1].get(name, 0.0), "last_mb": kept[-1][1].get(name, 0.0),
+              "slope_mb_per_min": slope_per_min([(seconds, mb.get(name, 0.0)) for seconds, mb in kept], settle_s)}
+             for name in names]
+    return sorted(found, key=lambda one: (-one["last_mb"], one["process"]))
+
+
+def by_minute(answers: Sequence[Answered], samples: Sequence[Sample]) -> list[dict[str, Any]]:
     """Requests, p99 and memory of each minute."""
     found = []
     for minute in range(int(max(one.due_s for one in answers) // 60) + 1):
         mine = [one for one in answers if one.due_s // 60 == minute and one.status == 200]
-        memory = [mb for seconds, mb in samples if seconds // 60 == minute]
+        memory = [sum(mb.values()) for seconds, mb in samples if seconds // 60 == minute]
         found.append({"minute": minute + 1, "answered": len(mine), **(percentiles(mine) if mine else {}),
                       "rss_mb": float(np.mean(memory)) if memory else None})
     return found

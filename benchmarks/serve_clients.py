@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +46,12 @@ class Side:
         """CPU-seconds of the side so far, of all its processes that live."""
         return sum(sum(times[:2]) for times in self._each(lambda one: one.cpu_times()))
 
-    def rss_mb(self) -> float:
-        """Resident memory of all its processes."""
-        return sum(one.rss for one in self._each(lambda one: one.memory_info())) / 2**20
+    def rss_mb(self) -> dict[str, float]:
+        """Resident memory of its processes, those of one name taken together."""
+        found = Counter[str]()
+        for name, rss in self._each(lambda one: (process_name(one), one.memory_info().rss)):
+            found[name] += rss
+        return {name: rss / 2**20 for name, rss in found.items()}
 
     def _each(self, ask: Any) -> list[Any]:
         found = []
@@ -56,6 +60,18 @@ class Side:
             with contextlib.suppress(psutil.Error):
                 found.append(ask(one))
         return found
+
+
+def process_name(process: psutil.Process) -> str:
+    """What a process is: the title it gave itself, else its program or the script that it runs."""
+    words = [word for word in process.cmdline() if word and not word.startswith("-")]
+    if not words:
+        return process.name()
+    scripts = [Path(word).stem for word in words[1:] if word.endswith(".py")]
+    own = words[0].split()[0]
+    if own.startswith("ray::"):
+        return own.partition(".")[0]    # behind the dot is what it does just now
+    return scripts[0] if scripts else Path(own).name
 
 
 @contextlib.contextmanager

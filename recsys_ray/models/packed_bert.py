@@ -3,6 +3,10 @@
 The texts of a batch are sorted by length, so those of one length are neighbours and form a dense
 (texts, tokens) block: no padding is computed and no mask is needed. Query, key and value are one
 matrix product.
+
+On a CPU, oneDNN compiles a kernel for each shape of a bf16 product, a millisecond and some 0.6 MB that it keeps: a
+service whose every request has another number of tokens grows by a gigabyte. So products have one of few numbers of
+rows (`rows_of`), the last ones empty, and attention goes through PyTorch's fused kernel, which compiles nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +23,7 @@ from torch import Tensor
 
 from recsys_ray.models.fronts import Fronts, places_of
 
-# Above this length the (tokens, tokens) scores of plain attention outgrow the cache and SDPA wins.
-PLAIN_ATTENTION_TOKENS = 512
+FEWEST_ROWS, MOST_EMPTY = 8, 64     # of a matrix product; the number of rows that are added at most
 
 
 class PackedBert:
@@ -68,7 +71,7 @@ class PackedBert:
         `fronts`: what stands in front of every text, (N x F, D): of each the first token's state.
         """
         if self.pooling == "cls":
-            pooled_ND = self._checked(token_ids, second, True, fronts).float()
+            pooled_ND = self._run(token_ids, second, True, fronts).float()
         else:
             pooled_ND = self.pool(self.hidden_states(token_ids, second), token_ids)
         pooled: npt.NDArray[np.float32] = pooled_ND.cpu().numpy()
@@ -78,42 +81,35 @@ class PackedBert:
     def hidden_states(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None = None,
                       fronts: Fronts | None = None) -> Tensor:
         """The last layer's state of every token, (T, D), of N tokenised texts sorted by length, end to end."""
-        return self._checked(token_ids, second, False, fronts)
+        return self._run(token_ids, second, False, fronts)
 
-    def _checked(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None, first_only: bool,
-                 fronts: Fronts | None) -> Tensor:
-        # The bare exponential takes half the time of a softmax on a CPU. Where scores leave its range
-        # (about +-88, far outside what trained models give) the result is NaN and the batch runs again.
-        bare = self.device.type == "cpu" and self._words.dtype != torch.float16
-        hidden_TD = self._run(token_ids, second, bare, first_only, fronts)
-        if bare and not torch.isfinite(hidden_TD).all():
-            hidden_TD = self._run(token_ids, second, False, first_only, fronts)
-        return hidden_TD
-
-    def _run(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None, bare: bool,
-             first_only: bool, fronts: Fronts | None) -> Tensor:
+    def _run(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None, first_only: bool,
+             fronts: Fronts | None) -> Tensor:
         """The last layer's states of all tokens, (T, D), or of the first of each text or front, (N x F, D)."""
         groups = _groups(token_ids)
         masks = [None if fronts is None else fronts.mask(length).to(self.device, self._words.dtype)
                  for _, length in groups]
-        ids = torch.from_numpy(np.concatenate(token_ids)).to(self.device, non_blocking=True)
-        positions = torch.from_numpy(np.concatenate([places_of(len(one), fronts) for one in token_ids]))
+        wanted = sum(map(len, token_ids))
+        empty = np.zeros(rows_of(wanted) - wanted, np.int32)    # from here on T counts these as well
+        ids = torch.from_numpy(np.concatenate([*token_ids, empty])).to(self.device, non_blocking=True)
+        positions = torch.from_numpy(np.concatenate([*(places_of(len(one), fronts) for one in token_ids), empty]))
         hidden_TD = F.embedding(ids, self._words)
         hidden_TD = hidden_TD + F.embedding(positions.to(self.device) + self._first_position, self._positions)
         if second is not None:
-            typed = token_types(token_ids, second).to(self.device).unsqueeze(1)
+            typed = F.pad(token_types(token_ids, second), (0, len(empty))).to(self.device).unsqueeze(1)
             hidden_TD = torch.where(typed > 0, hidden_TD + self._second, hidden_TD)
         hidden_TD = self._norm(hidden_TD, self._first_norm)
         for number, (qkv, out, attention_norm, up, down, output_norm) in enumerate(self._layers, 1):
             if first_only and number == len(self._layers):  # what follows works on one row a text
                 firsts = [0] if fronts is None else fronts.firsts
+                wanted = len(token_ids) * len(firsts)
                 hidden_TD, mixed_TD = _attend_first(hidden_TD, qkv, groups, self.heads, masks, firsts)
             else:
-                mixed_TD = _attend(F.linear(hidden_TD, *qkv), groups, self.heads, bare, masks)
+                mixed_TD = _attend(F.linear(hidden_TD, *qkv), groups, self.heads, masks)
             hidden_TD = self._norm(F.linear(mixed_TD, *out).add_(hidden_TD), attention_norm)
             inner = F.gelu(F.linear(hidden_TD, *up))
             hidden_TD = self._norm(F.linear(inner, *down).add_(hidden_TD), output_norm)
-        return hidden_TD
+        return hidden_TD[:wanted]
 
     @torch.inference_mode()
     def pool(self, hidden_TD: Tensor, token_ids: Sequence[npt.NDArray[np.int32]]) -> Tensor:
@@ -140,53 +136,53 @@ def _groups(token_ids: Sequence[npt.NDArray[np.int32]]) -> list[tuple[int, int]]
     return [(sum(1 for _ in same), length) for length, same in groupby(len(one) for one in token_ids)]
 
 
-def _attend(qkv_T3D: Tensor, groups: Sequence[tuple[int, int]], heads: int, bare: bool, masks: Sequence[Tensor | None]
-            ) -> Tensor:
+def rows_of(wanted: int) -> int:
+    """The rows of a product of which `wanted` are needed: one of some ten numbers between two powers of two."""
+    step = min(max(FEWEST_ROWS, 1 << max(wanted.bit_length() - 5, 0)), MOST_EMPTY)
+    return -(-wanted // step) * step
+
+
+def _attend(qkv_T3D: Tensor, groups: Sequence[tuple[int, int]], heads: int, masks: Sequence[Tensor | None]) -> Tensor:
     """Self-attention inside each text, (T, D), one dense block for all texts of a length.
 
-    `bare`: weights are exp(score) over their sum, without subtracting the largest score first. `masks` (L, L) of each
-    group are added to its scores.
+    `masks` (L, L) of each group are added to its scores. What stands behind the last group is 0.
     """
     tokens, width = qkv_T3D.shape[0], qkv_T3D.shape[1] // 3
-    size = width // heads
     mixed_TD = qkv_T3D.new_empty(tokens, width)
     start = 0
     for (texts, length), mask_LL in zip(groups, masks, strict=True):
         end = start + texts * length
-        query, key, value = qkv_T3D[start:end].view(texts, length, 3, heads, size).permute(2, 0, 3, 1, 4)
-        if length <= PLAIN_ATTENTION_TOKENS:
-            scores_NHLL = (query * size**-0.5) @ key.transpose(-1, -2)
-            if mask_LL is not None:
-                scores_NHLL += mask_LL
-            if bare:
-                weights_NHLL = scores_NHLL.exp_()
-                block_NHLd = (weights_NHLL @ value).div_(weights_NHLL.sum(dim=-1, keepdim=True))
-            else:
-                block_NHLd = torch.softmax(scores_NHLL, dim=-1) @ value
-        else:
-            block_NHLd = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LL)
-        mixed_TD[start:end].view(texts, length, heads, size).copy_(block_NHLd.transpose(1, 2))
+        query, key, value = qkv_T3D[start:end].view(texts, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        block_NHLd = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_LL)
+        mixed_TD[start:end].view(texts, length, heads, -1).copy_(block_NHLd.transpose(1, 2))
         start = end
+    mixed_TD[start:] = 0
     return mixed_TD
 
 
 def _attend_first(hidden_TD: Tensor, qkv: tuple[Tensor, Tensor], groups: Sequence[tuple[int, int]], heads: int,
                   masks: Sequence[Tensor | None], places: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(the states of the tokens at F places of each text, what they attend to), (N x F, D) each: F queries a text."""
+    """(the states of the tokens at F places of each text, what they attend to), (N x F, D) each: F queries a text.
+
+    Both have as many rows as `rows_of` says; those behind the last text are of no use.
+    """
     width, each = hidden_TD.shape[1], len(places)
-    size, (weight, bias) = width // heads, qkv
+    weight, bias = qkv
     lengths = torch.tensor([length for texts, length in groups for _ in range(texts)], device=hidden_TD.device)
+    wanted = len(lengths) * each
     starts = (lengths.cumsum(0) - lengths)[:, None]
-    first_RD = hidden_TD[(starts + torch.tensor(places, device=starts.device)).flatten()]
+    chosen = (starts + torch.tensor(places, device=starts.device)).flatten()
+    first_RD = hidden_TD[F.pad(chosen, (0, rows_of(wanted) - wanted))]
     query_RD = F.linear(first_RD, weight[:width], bias[:width])
     both_T2D = F.linear(hidden_TD, weight[width:], bias[width:])
-    mixed, start, row = [], 0, 0
+    mixed_RD = torch.zeros_like(first_RD)
+    start, row = 0, 0
     for (texts, length), mask_LL in zip(groups, masks, strict=True):
-        key, value = both_T2D[start:start + texts * length].view(texts, length, 2, heads, size).permute(2, 0, 3, 1, 4)
-        query = query_RD[row:row + texts * each].view(texts, each, heads, size).transpose(1, 2) * size**-0.5
-        scores_NHFL = query @ key.transpose(-1, -2)
-        if mask_LL is not None:
-            scores_NHFL += mask_LL[list(places)]
-        mixed.append((torch.softmax(scores_NHFL, dim=-1) @ value).transpose(1, 2).reshape(texts * each, width))
-        start, row = start + texts * length, row + texts * each
-    return first_RD, torch.cat(mixed)
+        end, last = start + texts * length, row + texts * each
+        key, value = both_T2D[start:end].view(texts, length, 2, heads, -1).permute(2, 0, 3, 1, 4)
+        query = query_RD[row:last].view(texts, each, heads, -1).transpose(1, 2)
+        mask_FL = None if mask_LL is None else mask_LL[list(places)]
+        block_NHFd = F.scaled_dot_product_attention(query, key, value, attn_mask=mask_FL)
+        mixed_RD[row:last] = block_NHFd.transpose(1, 2).reshape(texts * each, width)
+        start, row = end, last
+    return first_RD, mixed_RD

@@ -8,7 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
 
+from recsys_ray.models.packed_bert import rows_of
 from recsys_ray.models.registry import build_text_encoder
 from recsys_ray.models.sentence_layout import MINILM_SHA256, EncoderError, read_layout
 from recsys_ray.models.text_encoder import TextEncoderConfig, encoder_identity
@@ -33,14 +38,31 @@ def test_packed_vectors_equal_sentence_transformers(tiny_text_model: Writer, bod
     np.testing.assert_allclose(encoder.encode_documents(TEXTS), expected(path, TEXTS), atol=2e-5)
 
 
-def test_long_texts_take_the_other_attention(tiny_text_model: Writer, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tiny_text_model()
-    monkeypatch.setattr("recsys_ray.models.packed_bert.PLAIN_ATTENTION_TOKENS", 4)
-    encoder = build_text_encoder(TextEncoderConfig(model=str(path), dtype="float32", device="cpu"))
-    np.testing.assert_allclose(encoder.encode_documents(TEXTS), expected(path, TEXTS), atol=2e-5)
+def test_products_have_few_shapes_since_each_is_compiled_and_kept(tiny_text_model: Writer,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = set[int]()
+    linear = functional.linear
+
+    def noting(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        rows.add(x.shape[0])
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr("recsys_ray.models.packed_bert.F.linear", noting)
+    encoder = build_text_encoder(TextEncoderConfig(model=str(tiny_text_model()), dtype="float32", device="cpu"))
+    for count in range(1, 40):
+        encoder.encode_documents(["sofa" + " red" * more for more in range(count % 7, count)])
+    assert 5 < len(rows) < 45       # of several hundred numbers of tokens
+    assert rows <= {rows_of(wanted) for wanted in range(1, 1025)}
 
 
-def test_scores_outside_the_range_of_exp_are_computed_again(tiny_text_model: Writer) -> None:
+@given(wanted=st.integers(1, 20_000))
+def test_few_rows_are_empty(wanted: int) -> None:
+    assert wanted <= rows_of(wanted) < wanted + max(8, min(64, wanted / 8))
+    assert rows_of(rows_of(wanted)) == rows_of(wanted)
+    assert len({rows_of(one) for one in range(1, 1025)}) < 80
+
+
+def test_scores_outside_the_range_of_exp_stay_finite(tiny_text_model: Writer) -> None:
     from safetensors.torch import load_file, save_file
 
     path = tiny_text_model(seed=3)
