@@ -97,8 +97,12 @@ bench-serve: $(VENV)/.dev  ## searches with reranking beside the usual stack: sp
 bench-load: $(VENV)/.dev  ## ten minutes at 80 % of the service's capacity, with malformed requests
 	$(RUN) benchmarks/load.py --config configs/bench_load/full.yaml
 
-bench-pareto: $(VENV)/.dev  ## quality against CPU for every cascade
+bench-pareto: $(VENV)/.dev  ## quality against CPU for every cascade (after bench-rerank and bench-gbdt)
 	$(RUN) benchmarks/pareto.py --config configs/bench_pareto/full.yaml
+	$(call JOB,retrieve_candidates,bench_pareto)
+	$(call JOB,train_gbdt,bench_pareto)
+	$(call JOB,train_gbdt,bench_pareto) output=runs/bench_pareto/light-trees rerank='{one_title: false}' gbdt.without='[cross]'
+	$(RUN) benchmarks/pareto.py --config configs/bench_pareto/planted.yaml
 
 bench-hybrid: $(VENV)/.dev  ## text and pictures together against each alone, queries of words and of photographs
 	$(RUN) benchmarks/hybrid.py --config configs/bench_hybrid/full.yaml

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from recsys_ray.config import Config
+from recsys_ray.data.image_files import unpack_images
 from recsys_ray.evaluation.report import ReportConfig, write_report
 from recsys_ray.evaluation.retrieval import EvaluateConfig, evaluate, read_evaluation
 from recsys_ray.evaluation.summary import terminal_summary
@@ -36,6 +37,7 @@ class RunShopConfig(Config):
     flow: FlowConfig
     ranker: TrainGbdtConfig | None = None           # trees that reorder the flow's candidates; None: none
     images: EmbedImagesConfig | None = None         # the products' pictures
+    image_files: Path | None = None                 # those as files, for the page: what they are named by lies in here
     hybrid: BuildHybridConfig | None = None         # search by pictures, of the flow's index and `images`
     evaluations: tuple[EvaluateConfig, ...] = ()
     report: ReportConfig
@@ -76,6 +78,8 @@ def _reorder_and_look(config: RunShopConfig) -> None:
     if config.images is not None:
         with stage_clock("embed pictures"):
             embed_images(config.images)
+        if config.image_files is not None:
+            unpack_images(config.images.images, config.image_files)
     if config.hybrid is not None:
         with stage_clock("search by pictures"):
             build_hybrid(config.hybrid)

@@ -8,6 +8,7 @@ without redirects, and never more than the limit of bytes.
 from __future__ import annotations
 
 import ipaddress
+import os
 import random
 import socket
 import time
@@ -89,6 +90,32 @@ def chosen_images(table: ImageTable, image_ids: pa.Array, then: Callable[[Image.
             rows = block.filter(pc.is_in(block["image_id"].cast(pa.string()), value_set=image_ids))
             if rows.num_rows:
                 yield decoded_images(with_bytes(rows, table), then, table.limits)
+
+
+def unpack_images(table: ImageTable, folder: Path) -> int:
+    """Write the pictures of a table as files named by their image ids, those that are there already left alone.
+
+    Returns how many the table has. Errors: `ImageError` for an id that is no plain file name, or without its bytes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe, count = table.recipe(), 0
+    for piece in (one for file in recipe.files for one in pieces_of(file)):
+        for block in read_piece(piece, recipe):
+            rows = with_bytes(block, table).select(["image_id", "data", "_error"]).to_pylist()
+            for row in rows:
+                if row["_error"] or not _is_file_name(row["image_id"]):
+                    raise ImageError(f"{table.path}: image {row['image_id']!r} cannot become a file: "
+                                     f"{row['_error'] or 'its id is no plain file name'}")
+                if not (target := folder / row["image_id"]).is_file():
+                    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")     # never half there
+                    partial.write_bytes(row["data"])
+                    os.replace(partial, target)
+            count += len(rows)
+    return count
+
+
+def _is_file_name(text: str) -> bool:
+    return text not in {"", ".", ".."} and PurePosixPath(text).name == text
 
 
 def fetch(location: str | None, table: ImageTable) -> bytes:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
 import pytest
 
-from recsys_ray.data.image_files import ImageTable, UrlConfig, fetch, fetch_url, with_bytes
+from recsys_ray.data.image_files import ImageTable, UrlConfig, fetch, fetch_url, unpack_images, with_bytes
 from recsys_ray.data.images import ImageError
 from recsys_ray.data.sources.blocks import pieces_of, read_piece
 
@@ -125,3 +126,20 @@ def test_a_table_gives_bytes_or_the_reason(tmp_path: Path, shop: str) -> None:
     assert found[2]["_error"] == "cannot be read: FileNotFoundError"
     assert found[3]["_error"] == "2000 bytes; the limit is 1000"
     assert found[2]["_source"].endswith("pictures.csv:4")
+
+
+def test_pictures_of_a_table_become_files(tmp_path: Path) -> None:
+    def table(*ids: str) -> ImageTable:
+        rows = {"image_id": ids, "data": pa.array([b"one", b"two"][:len(ids)], pa.large_binary())}
+        pq.write_table(pa.table(rows), tmp_path / "pictures.parquet")
+        return ImageTable(path=str(tmp_path / "pictures.parquet"))
+
+    folder = tmp_path / "files"
+    assert unpack_images(table("a.jpg", "b.jpg"), folder) == 2
+    (folder / "a.jpg").write_bytes(b"own")      # what is there stays
+    assert unpack_images(table("a.jpg", "b.jpg"), folder) == 2
+    assert {one.name: one.read_bytes() for one in folder.iterdir()} == {"a.jpg": b"own", "b.jpg": b"two"}
+    for bad in ("../out.jpg", "/etc/out.jpg", "..", ""):
+        with pytest.raises(ImageError, match="no plain file name"):
+            unpack_images(table(bad), folder)
+    assert not (tmp_path / "out.jpg").exists()

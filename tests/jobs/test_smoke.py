@@ -483,3 +483,4 @@ def test_run_shop(capsys: pytest.CaptureFixture[str]) -> None:
     assert {path: now[path] for path in before if "evaluation" not in path} == {
         path: version for path, version in before.items() if "evaluation" not in path}
     assert "couch for a small flat" in capsys.readouterr().out
+    assert len(list((DEMO / "pictures/images").glob("*.jpg"))) == 5
