@@ -115,6 +115,11 @@ class CrossEncoder:
             raise ValueError(f"{len(queries)} queries for {len(texts)} texts: give one query a text")
         return self._runner.scores(queries, texts) if len(texts) else np.zeros(0, np.float32)
 
+    def warm_up(self) -> None:
+        """Be ready for batches of any size: what is compiled for it is compiled now."""
+        if isinstance(self._runner, _Packed):
+            self._runner.warm_up()
+
 
 class _Packed:
     """Sort by length, run `PackedBert` on batches of about a budget of tokens, and the head on what it gives."""
@@ -133,6 +138,10 @@ class _Packed:
             raise EncoderError(f"{layout.root}: its head gives {numbers} numbers a pair; a reranker needs one")
         self._head = [weights[f"{name}.{part}"].float() for name in names for part in ("weight", "bias")]
         self._activation = activation
+
+    def warm_up(self) -> None:
+        """Compute a batch of every size once."""
+        self._forward.warm_up(self._budget)
 
     def scores(self, queries: Sequence[str], texts: Sequence[str]) -> Floats:
         """Scores of N pairs, (N,)."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from recsys_ray.models.fronts import Fronts, places_of
 
 FEWEST_ROWS, MOST_EMPTY = 8, 64     # of a matrix product; the number of rows that are added at most
+WARM_LENGTH = 32                    # of a text that is computed for its shape alone
 
 
 class PackedBert:
@@ -82,6 +83,16 @@ class PackedBert:
                       fronts: Fronts | None = None) -> Tensor:
         """The last layer's state of every token, (T, D), of N tokenised texts sorted by length, end to end."""
         return self._run(token_ids, second, False, fronts)
+
+    def warm_up(self, tokens: int) -> None:
+        """Have the kernels compiled that batches of up to `tokens` tokens need, so that no request waits for one."""
+        if self.device.type != "cpu" or self._words.dtype != torch.bfloat16:
+            return
+        for rows in sorted({rows_of(one) for one in range(1, tokens + 1)}):
+            lengths = [WARM_LENGTH] * (rows // WARM_LENGTH) + [rows % WARM_LENGTH]
+            self([np.zeros(one, np.int32) for one in lengths if one])
+            if rows * WARM_LENGTH <= 2 * tokens:        # so many texts may come together
+                self([np.zeros(1, np.int32)] * rows)
 
     def _run(self, token_ids: Sequence[npt.NDArray[np.int32]], second: Sequence[int] | None, first_only: bool,
              fronts: Fronts | None) -> Tensor:

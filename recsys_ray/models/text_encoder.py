@@ -87,6 +87,11 @@ class TextEncoder:
         """All that this encoder gives for N queries."""
         return Encoding(self.encode_queries(texts))
 
+    def warm_up(self, tokens: int) -> None:
+        """Be ready for batches of up to so many tokens: what is compiled for their sizes is compiled now."""
+        if isinstance(self._runner, PackedRunner):
+            self._runner.forward.warm_up(min(tokens, self._runner.token_budget))
+
     def _encode(self, texts: Sequence[str], prompt: str) -> Vectors:
         if not len(texts):
             return np.zeros((0, self.dimension), dtype=np.float32)

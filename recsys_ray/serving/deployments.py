@@ -62,6 +62,7 @@ from recsys_ray.serving.routes import create_api
 
 log = logging.getLogger(__name__)
 
+QUERIES_TOKENS = 256        # of the queries that are encoded together, as a rule
 PICTURES_AT_ONCE = 2        # of one replica: each decoded picture takes 3 bytes a pixel
 DEAD_REPLICA_RETRIES = 2    # Serve itself never repeats a request whose replica died
 A = TypeVar("A")
@@ -137,7 +138,7 @@ class CrossEncoderReplica:
     """(query, texts) -> scores; the pairs of several requests are computed together, sorted by length."""
 
     def __init__(self, config: CrossEncoderConfig, together: Batching) -> None:
-        self._model: Background[CrossEncoder] = Background("cross-encoder", lambda: build_cross_encoder(config))
+        self._model: Background[CrossEncoder] = Background("cross-encoder", lambda: _load_cross_encoder(config))
         self._scores: ScoreOne = _batched(self._score, together)
 
     async def score(self, query: str, texts: list[str]) -> CrossScores:
@@ -282,7 +283,14 @@ def _batched(compute: Callable[[list[A]], Awaitable[list[B]]], together: Batchin
 def _load_encoder(config: TextEncoderConfig, built_with: dict[str, Any]) -> TextEncoder:
     encoder = build_text_encoder(config)
     refuse_foreign(config.model, encoder.identity, built_with)  # this node's files may differ from the builder's
+    encoder.warm_up(QUERIES_TOKENS)
     return encoder
+
+
+def _load_cross_encoder(config: CrossEncoderConfig) -> CrossEncoder:
+    model = build_cross_encoder(config)
+    model.warm_up()
+    return model
 
 
 def refuse_foreign(model: str, ours: dict[str, Any], built_with: dict[str, Any]) -> None:

@@ -38,21 +38,38 @@ def test_packed_vectors_equal_sentence_transformers(tiny_text_model: Writer, bod
     np.testing.assert_allclose(encoder.encode_documents(TEXTS), expected(path, TEXTS), atol=2e-5)
 
 
-def test_products_have_few_shapes_since_each_is_compiled_and_kept(tiny_text_model: Writer,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = set[int]()
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The numbers of rows of all products from here on."""
+    found = set[int]()
     linear = functional.linear
 
     def noting(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        rows.add(x.shape[0])
+        found.add(x.shape[0])
         return linear(x, weight, bias)
 
     monkeypatch.setattr("recsys_ray.models.packed_bert.F.linear", noting)
+    return found
+
+
+def test_products_have_few_shapes_since_each_is_compiled_and_kept(tiny_text_model: Writer, rows: set[int]) -> None:
     encoder = build_text_encoder(TextEncoderConfig(model=str(tiny_text_model()), dtype="float32", device="cpu"))
     for count in range(1, 40):
         encoder.encode_documents(["sofa" + " red" * more for more in range(count % 7, count)])
     assert 5 < len(rows) < 45       # of several hundred numbers of tokens
     assert rows <= {rows_of(wanted) for wanted in range(1, 1025)}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_warm_encoder_compiles_nothing_more(tiny_text_model: Writer, rows: set[int], pooling: str) -> None:
+    path = str(tiny_text_model(pooling=pooling))
+    encoder = build_text_encoder(TextEncoderConfig(model=path, dtype="bfloat16", device="cpu", token_budget=300))
+    encoder.warm_up(1000)
+    known = set(rows)
+    assert max(known) == rows_of(300)
+    for count in range(1, 12):
+        encoder.encode_queries(["sofa" + " red" * more for more in range(count)])
+    assert rows == known
 
 
 @given(wanted=st.integers(1, 20_000))
