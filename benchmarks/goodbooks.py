@@ -124,8 +124,8 @@ def run(config: JobConfig) -> Path:
                         for name, one in rerankers.items()} for split, panel in panels.items()}
     return _write(config, panels, scores, reranked, {
         "recommenders": recommenders.manifest.facts, "sequence": sequence.manifest.facts,
-        "losses": {name: _cost(one) for name, one in tried.items()},
-        "cross_encoders": {name: _cost(one) for name, one in rerankers.items()},
+        "losses": [{"name": name, **_cost(one)} for name, one in tried.items()],
+        "cross_encoders": [{"name": name, **_cost(one)} for name, one in rerankers.items()],
         "pairs": judged.manifest.facts})
 
 
