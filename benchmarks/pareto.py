@@ -129,15 +129,19 @@ def plot_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
+    figure, axes = plt.subplots(figsize=(9, 4.5), dpi=120)
     front = [row for row in rows if row["front"]]
     axes.plot([row["cpu_ms"] for row in front], [row["ndcg10"] for row in front], color="#1f5fbf", linewidth=1.2)
-    for row in rows:
+    for number, row in enumerate(rows, 1):      # names beside the points would lie over each other
+        color = "#1f5fbf" if row["front"] else "#9aa0aa"
         axes.errorbar(row["cpu_ms"], row["ndcg10"], [[row["ndcg10"] - row["low"]], [row["high"] - row["ndcg10"]]],
-                      fmt="o", color="#1f5fbf" if row["front"] else "#9aa0aa", elinewidth=0.6)
-        axes.annotate(row["cascade"], (row["cpu_ms"], row["ndcg10"]), xytext=(5, 5), textcoords="offset points",
-                      fontsize=7)
+                      fmt="o", color=color, elinewidth=0.6, markersize=11, label=f"{number}  {row['cascade']}")
+        axes.annotate(str(number), (row["cpu_ms"], row["ndcg10"]), ha="center", va="center", fontsize=7, color="white")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, markerscale=0.6)
     axes.set(xscale="log", xlabel="CPU-milliseconds a query", ylabel="nDCG@10")
+    price = rows[0]["price_per_million"] / rows[0]["cpu_ms"]
+    above = axes.secondary_xaxis("top", functions=(lambda ms: ms * price, lambda dollars: dollars / price))
+    above.set_xlabel("dollars for a million queries")
     axes.grid(alpha=0.25)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
