@@ -102,6 +102,7 @@ bench-pareto: $(VENV)/.dev  ## quality against CPU for every cascade (after benc
 	$(call JOB,retrieve_candidates,bench_pareto)
 	$(call JOB,train_gbdt,bench_pareto)
 	$(call JOB,train_gbdt,bench_pareto) output=runs/bench_pareto/light-trees rerank='{one_title: false}' gbdt.without='[cross]'
+	$(call JOB,train_gbdt,bench_pareto) output=runs/bench_pareto/plain-trees rerank='{one_title: false}' gbdt.without='[cross, product]'
 	$(RUN) benchmarks/pareto.py --config configs/bench_pareto/planted.yaml
 
 bench-hybrid: $(VENV)/.dev  ## text and pictures together against each alone, queries of words and of photographs
