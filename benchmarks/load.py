@@ -152,7 +152,7 @@ def by_process(samples: Sequence[Sample], settle_s: float) -> list[dict[str, Any
     kept = [(seconds, mb) for seconds, mb in samples if seconds >= settle_s]
     names = {name for _, mb in kept for name in mb}
     found = [{"process": name, "first_mb": kept[0][1].get(name, 0.0), "last_mb": kept[-1][1].get(name, 0.0),
-              "slope_mb_per_min": slope_per_min([(seconds, mb.get(name, 0.0)) for seconds, mb in kept], settle_s)}
+              "slope_mb_per_min": slope_per_min([(seconds, mb.get(name, 0.0)) for seconds, mb in kept], 0.0)}
              for name in names]
     return sorted(found, key=lambda one: (-one["last_mb"], one["process"]))
 

@@ -37,7 +37,7 @@ class RunShopConfig(Config):
     flow: FlowConfig
     ranker: TrainGbdtConfig | None = None           # trees that reorder the flow's candidates; None: none
     images: EmbedImagesConfig | None = None         # the products' pictures
-    image_files: Path | None = None                 # those as files, for the page: what they are named by lies in here
+    image_files: Path | None = None                 # a folder for them as files, which the page can show
     hybrid: BuildHybridConfig | None = None         # search by pictures, of the flow's index and `images`
     evaluations: tuple[EvaluateConfig, ...] = ()
     report: ReportConfig

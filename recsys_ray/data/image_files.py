@@ -84,12 +84,10 @@ def with_bytes(rows: pa.Table, table: ImageTable) -> pa.Table:
 def chosen_images(table: ImageTable, image_ids: pa.Array, then: Callable[[Image.Image], Kept]
                   ) -> Iterator[tuple[pa.Table, list[Kept], pa.Table]]:
     """What `decoded_images` makes of the pictures with these ids, block by block; the others are not decoded."""
-    recipe = table.recipe()
-    for piece in (one for file in recipe.files for one in pieces_of(file)):
-        for block in read_piece(piece, recipe):
-            rows = block.filter(pc.is_in(block["image_id"].cast(pa.string()), value_set=image_ids))
-            if rows.num_rows:
-                yield decoded_images(with_bytes(rows, table), then, table.limits)
+    for block in _blocks(table):
+        rows = block.filter(pc.is_in(block["image_id"].cast(pa.string()), value_set=image_ids))
+        if rows.num_rows:
+            yield decoded_images(with_bytes(rows, table), then, table.limits)
 
 
 def unpack_images(table: ImageTable, folder: Path) -> int:
@@ -98,20 +96,24 @@ def unpack_images(table: ImageTable, folder: Path) -> int:
     Returns how many the table has. Errors: `ImageError` for an id that is no plain file name, or without its bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    recipe, count = table.recipe(), 0
-    for piece in (one for file in recipe.files for one in pieces_of(file)):
-        for block in read_piece(piece, recipe):
-            rows = with_bytes(block, table).select(["image_id", "data", "_error"]).to_pylist()
-            for row in rows:
-                if row["_error"] or not _is_file_name(row["image_id"]):
-                    raise ImageError(f"{table.path}: image {row['image_id']!r} cannot become a file: "
-                                     f"{row['_error'] or 'its id is no plain file name'}")
-                if not (target := folder / row["image_id"]).is_file():
-                    partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")     # never half there
-                    partial.write_bytes(row["data"])
-                    os.replace(partial, target)
-            count += len(rows)
+    count = 0
+    for block in _blocks(table):
+        for row in with_bytes(block, table).select(["image_id", "data", "_error"]).to_pylist():
+            if row["_error"] or not _is_file_name(row["image_id"]):
+                raise ImageError(f"{table.path}: image {row['image_id']!r} cannot become a file: "
+                                 f"{row['_error'] or 'its id is no plain file name'}")
+            if not (target := folder / row["image_id"]).is_file():
+                partial = target.with_name(f".{target.name}.{os.getpid()}.tmp")     # never half there
+                partial.write_bytes(row["data"])
+                os.replace(partial, target)
+            count += 1
     return count
+
+
+def _blocks(table: ImageTable) -> Iterator[pa.Table]:
+    recipe = table.recipe()
+    for piece in (one for file in recipe.files for one in pieces_of(file)):
+        yield from read_piece(piece, recipe)
 
 
 def _is_file_name(text: str) -> bool:

@@ -148,7 +148,7 @@ def _groups(token_ids: Sequence[npt.NDArray[np.int32]]) -> list[tuple[int, int]]
 
 
 def rows_of(wanted: int) -> int:
-    """The rows of a product of which `wanted` are needed: one of some ten numbers between two powers of two."""
+    """The rows of a product of which `wanted` are needed: 16 numbers from 512 to 1,024, every 64th beyond."""
     step = min(max(FEWEST_ROWS, 1 << max(wanted.bit_length() - 5, 0)), MOST_EMPTY)
     return -(-wanted // step) * step
 
