@@ -76,8 +76,9 @@ class JobConfig(Config):
     pairs: dict[str, Any]                           # keys of MakeRerankerPairsConfig, without negatives and output
     work: Path = Path("runs/bench_goodbooks")
     result: Path = Path("benchmarks/results/goodbooks.json")
-    valid_users: int = Field(default=1500, ge=10)   # fit the blend
-    test_users: int = Field(default=2000, ge=10)    # make the figures
+    valid_users: int = Field(default=2400, ge=10)   # fit the blend of the full ranking
+    test_users: int = Field(default=1200, ge=10)    # make the figures of the full ranking
+    sampled_users: int = Field(default=400, ge=10)  # the first of each, who also get sampled negatives
     recommenders: dict[str, Any] = Field(default_factory=dict)      # keys of TrainRecommendersConfig
     sequence: dict[str, Any] = Field(default_factory=dict)          # keys of FinetuneSequenceConfig
     encoder: TextEncoderConfig = TextEncoderConfig(device="cpu", max_tokens=128)
@@ -107,7 +108,7 @@ def run(config: JobConfig) -> Path:
     first = _pairs(config, "first", {"uniform": 3})
     histories, _ = read_histories(RerankerHistories(path=first.path.parents[1]))
     recommenders = train_recommenders(TrainRecommendersConfig.model_validate({
-        "candidates": ["item_knn", "ease"], "max_users": config.valid_users, **config.recommenders,
+        "candidates": ["item_knn", "ease"], **config.recommenders,
         "histories": {"format": "reranker_pairs", "path": first.path.parents[1]},
         "output": config.work / "recommenders"}))
     lists = str(recommenders.path / "candidates" / "*.parquet")
@@ -204,7 +205,7 @@ def _scores(config: JobConfig, split: str, panel: Panel, books: Books, recommend
 def _reranked(config: JobConfig, split: str, name: str, artifact: Artifact, panel: Panel, books: Books,
               scores: Mapping[str, Floats]) -> Floats:
     """(U, E): a cross-encoder's scores of the rows under every policy and of the first stage's head, else NaN."""
-    user, book = panel.union()
+    user, book = panel.first(config.sampled_users).union()
     head = np.argsort(-np.where(panel.allowed, scores[FIRST_STAGE], -np.inf), axis=1, kind="stable")[:, :config.depth]
     wanted = np.zeros(panel.allowed.shape, dtype=bool)
     wanted[user, book] = True
@@ -230,14 +231,16 @@ def _reranked(config: JobConfig, split: str, name: str, artifact: Artifact, pane
 def _write(config: JobConfig, panels: Mapping[str, Panel], scores: Mapping[str, Mapping[str, Floats]],
            reranked: Mapping[str, Mapping[str, Floats]], facts: Mapping[str, Any]) -> Path:
     tables: dict[str, Any] = {"setting": config.model_dump(mode="json"), "trained": dict(facts),
-                              "users": {split: len(panel) for split, panel in panels.items()}}
+                              "users": {split: {WHOLE: len(panel), "sampled": len(panel.first(config.sampled_users))}
+                                        for split, panel in panels.items()}}
     read = {split: {name: reranked[split][name] for name in config.blended} for split in panels}
     found = {split: features(panel, scores[split], read[split]) for split, panel in panels.items()}
+    few = {split: panel.first(config.sampled_users) for split, panel in panels.items()}
     measured: dict[str, Measured] = {}
     for policy in POLICIES:
-        blend = fit_blend(found["valid"], *panels["valid"].pairs(policy), config.blend)
+        blend = fit_blend(found["valid"], *few["valid"].pairs(policy), config.blend)
         systems = {**scores["test"], **_standardised(panels["test"], scores["test"]), **reranked["test"]}
-        measured[policy] = _under(config, panels["test"], policy, systems, found["test"], blend)
+        measured[policy] = _under(config, few["test"], policy, systems, found["test"], blend)
         tables[policy] = _table(measured[policy], blend, "ROC AUC")
     heads = {split: _heads(config, panel, scores[split], read[split]) for split, panel in panels.items()}
     found = {split: features(panel, scores[split], heads[split]) for split, panel in panels.items()}

@@ -43,6 +43,11 @@ class Panel:
     def __len__(self) -> int:
         return len(self.users)
 
+    def first(self, most: int) -> Panel:
+        """The same of the first `most` users."""
+        return Panel(self.users[:most], self.contexts[:most], self.known.take(range(min(most, len(self)))),
+                     self.allowed[:most], {name: books[:most] for name, books in self.rows.items()})
+
     def pairs(self, policy: str) -> tuple[Ints, Ints, Ints]:
         """(user, book, label) of the rows under one policy of negatives."""
         user, book, label = [], [], []

@@ -38,6 +38,7 @@ FAMILIES: Mapping[str, tuple[str, ...]] = MappingProxyType({
     "query": ("query_words", "query_rarity", "query_matches"),
     "lexical": (
         "lexical_score", "lexical_rank", "lexical_gap", "lexical_share",
+        "title_bm25", "text_bm25", "brand_bm25", "category_bm25",
         "title_coverage", "title_rare_coverage", "title_said", "title_order", "title_first", "title_words",
         "text_coverage", "text_rare_coverage", "text_order", "text_first", "text_words",
         "brand_coverage", "category_coverage", "any_coverage", "any_rare_coverage"),
@@ -119,6 +120,8 @@ def _text_features(query: str, candidates: Candidates) -> dict[str, Floats]:
         "title_said": asked.said("title"), "number_coverage": asked.numbers(),
         "brand_coverage": asked.coverage("brand"), "category_coverage": asked.coverage("category"),
     }
+    for name in ("title", "text", "brand", "category"):
+        found[f"{name}_bm25"] = asked.bm25(name)
     for name in ("title", "text"):
         found |= {f"{name}_order": asked.order(name), f"{name}_first": asked.first(name),
                   f"{name}_words": np.array([len(one.listed) for one in fields[name]], np.float32)}

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import fsum  # exact, so the order in which a set gives its words does not matter
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 REMEMBERED_TEXTS = 1 << 16      # products come up again and again
+BM25_K1, BM25_B = 1.2, 0.75     # as the index has them by default
 _WORD = re.compile(r"\w+")
 _LIMIT = re.compile(r"(?:under|below|(?:less|cheaper) than|up to|at most)\s*(?:[$€£]|usd|eur)?\s*(\d{1,6}(?:\.\d\d?)?)",
                     re.IGNORECASE)
@@ -27,10 +29,11 @@ _local = threading.local()      # a stemmer must not be used by two threads
 
 @dataclass(frozen=True)
 class Words:
-    """The words of one text in reading order, and which ones there are."""
+    """The words of one text in reading order, which ones there are, and how often each."""
 
     listed: tuple[str, ...]
     known: frozenset[str]
+    counts: Mapping[str, int]
 
 
 @lru_cache(maxsize=REMEMBERED_TEXTS)
@@ -40,7 +43,7 @@ def words(text: str) -> Words:
 
     found = [one for one in _WORD.findall(text.lower()) if one not in STOPWORDS_EN]
     listed = tuple(_stemmer().stemWords(found))
-    return Words(listed, frozenset(listed))
+    return Words(listed, frozenset(listed), Counter(listed))
 
 
 def _stemmer() -> Any:
@@ -74,7 +77,7 @@ class QueryWords:
     @property
     def rarity(self) -> float:
         """How rare the words are among the candidates, all together."""
-        return sum(self._rarity.values())
+        return fsum(self._rarity.values())
 
     def coverage(self, name: str) -> Floats:
         """Share of the query's words that the field has."""
@@ -82,7 +85,21 @@ class QueryWords:
 
     def rare_coverage(self, name: str) -> Floats:
         """The same, a word weighing what its rarity is."""
-        return _shares([sum(self._rarity[word] for word in one) for one in self._hits[name]], self.rarity)
+        return _shares([fsum(self._rarity[word] for word in one) for one in self._hits[name]], self.rarity)
+
+    def bm25(self, name: str) -> Floats:
+        """BM25 of the query in the field, its frequencies and lengths taken from the candidates.
+
+        Lucene's form (Kamphuis et al., ECIR 2020). A word's rarity is that of all fields together, as in BM25F:
+        in which field a word is rare tells little of what it is worth.
+        """
+        lengths = np.array([len(one.listed) for one in self._fields[name]], dtype=np.float64)
+        there = lengths > 0
+        mean = lengths[there].mean() if there.any() else 1.0
+        damping = BM25_K1 * (1 - BM25_B + BM25_B * lengths / mean)
+        found = [fsum(self._rarity[word] * one.counts[word] / (one.counts[word] + damped) for word in hit)
+                 for one, hit, damped in zip(self._fields[name], self._hits[name], damping, strict=True)]
+        return np.where(there, found, np.nan).astype(np.float32)
 
     def said(self, name: str) -> Floats:
         """Share of the field's different words that the query has."""

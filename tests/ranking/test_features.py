@@ -62,6 +62,25 @@ def test_a_rare_word_weighs_more_than_a_common_one() -> None:
     assert rare[2] > 0.5 > rare[0] == rare[1] > 0
 
 
+def test_bm25_of_a_field_is_that_of_bm25s_over_the_candidates() -> None:
+    import bm25s
+
+    titles = ["soft red sofa", "red red lamp with a red shade", "blue sofa", "a lamp"]
+    retriever = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+    retriever.index([list(words(title).listed) for title in titles], show_progress=False)
+    expected = retriever.get_scores(list(words("red sofa").listed))
+    found = feature_table("red sofa", candidates([{"title": title, "text": None} for title in titles], [4, 3, 2, 1]))
+    np.testing.assert_allclose(found[:, FEATURES.index("title_bm25")], expected, rtol=1e-6)
+    assert np.isnan(found[:, FEATURES.index("brand_bm25")]).all()
+
+
+def test_bm25_looks_at_one_field_and_weighs_words_by_all() -> None:
+    found = feature_table("red sofa", candidates([{"title": "sofa", "text": "red"}, {"title": "red", "text": "sofa"},
+                                                  {"title": "lamp", "text": "red lamp"}], [3, 2, 1]))
+    title = of(found, "title_bm25")
+    assert title[0] > title[1] > title[2] == 0      # red stands in every candidate, in its text if not in its title
+
+
 def test_scores_ranks_and_gaps() -> None:
     found = feature_table("x", candidates([{}] * 4, [4, 3, 3, 1], dense=[0.5, 0.9, np.nan, 0.7], lexical=[2, 0, 4, 0]),
                           cross=np.array([1, np.nan, 3, np.nan], np.float32))
