@@ -78,8 +78,7 @@ def top_genres(rows: pa.Table, most: int) -> dict[str, list[str]]:
     counts: dict[str, Counter[str]] = {}
     for product, genre, count in zip(*(rows[name].to_pylist() for name in GENRE_ROWS.names), strict=True):
         counts.setdefault(product, Counter())[genre] += count
-    return {product: sorted(found, key=lambda one, found=found: (-found[one], one))[:most]  # type: ignore[misc]
-            for product, found in counts.items()}
+    return {product: favoured(found, most) for product, found in counts.items()}
 
 
 # --- the catalogue --------------------------------------------------------------------------------
@@ -237,8 +236,12 @@ def context_text(history: History, chosen: Ints, items: Items, config: ContextCo
     ratings = np.nan_to_num(history.ratings[chosen], nan=-np.inf)
     order = places[np.lexsort((draws, -history.times[chosen], -ratings))]
     counts = Counter(genre for place in sorted(places.tolist()) for genre in items.genres[place])
-    favoured = sorted(counts, key=lambda one: (-counts[one], one))[:config.genres]
-    return likes_text([book(items, place) for place in order[:config.titles].tolist()], favoured)
+    return likes_text([book(items, place) for place in order[:config.titles].tolist()], favoured(counts, config.genres))
+
+
+def favoured(counts: Mapping[str, int], most: int) -> list[str]:
+    """The `most` genres that were counted most, equal ones by name."""
+    return sorted(counts, key=lambda one: (-counts[one], one))[:most]
 
 
 def likes_text(named: Sequence[str], genres: Sequence[str] = ()) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from recsys_ray.data.interactions import ContextConfig, likes_text
+from recsys_ray.data.interactions import ContextConfig, favoured, likes_text
 from recsys_ray.data.preprocess import clean_query
 from recsys_ray.ids import row_ids
 from recsys_ray.models.text_encoder import TextEncoder
@@ -180,10 +180,13 @@ def suggested(suggestion: Suggestion, cards: Sequence[Row], seen: Sequence[str],
 
 
 def history_query(history: Sequence[str], cards: Sequence[Row]) -> str:
-    """A history as the cross-encoder reads it: its latest titles, as `make_reranker_pairs` writes contexts."""
-    by_id = {card["product_id"]: card for card in cards}
-    latest = [by_id[one] for one in dict.fromkeys(reversed(history)) if one in by_id][:ContextConfig().titles]
-    return likes_text([f"{one['title']} by {one['brand']}" if one["brand"] else str(one["title"]) for one in latest])
+    """A history as the cross-encoder reads it: its latest titles and favoured categories, as `make_reranker_pairs`
+    writes the contexts of a shop's customers."""
+    by_id, config = {card["product_id"]: card for card in cards}, ContextConfig()
+    known = [by_id[one] for one in dict.fromkeys(reversed(history)) if one in by_id]
+    latest = [f"{one['title']} by {one['brand']}" if one["brand"] else str(one["title"]) for one in known]
+    counts = Counter(one["category"] for one in known if one["category"])
+    return likes_text(latest[:config.titles], favoured(counts, config.genres))
 
 
 def context_of(index: Index, history: Sequence[str]) -> str:

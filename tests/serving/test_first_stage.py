@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pytest
 from small_shop import (
     DEPTH,
@@ -27,6 +28,7 @@ from small_shop import (
 
 from recsys_ray.artifacts import ArtifactError, stage
 from recsys_ray.config import Config
+from recsys_ray.data.interactions import ContextConfig, History, Items, catalogue_table, context_text
 from recsys_ray.models.cross_encoder import CrossEncoderConfig
 from recsys_ray.ranking.recommenders import Recommender as Fitted
 from recsys_ray.retrieval.segments import open_index
@@ -157,9 +159,17 @@ def test_popular_products_are_shown_under_the_same_rules(small_index: Path, firs
 
 
 def test_a_history_is_read_as_the_contexts_of_training_are() -> None:
-    cards = [{"product_id": "a", "title": "Dune", "brand": "F. Herbert"},
-             {"product_id": "b", "title": "Emma", "brand": None}]
-    assert history_query(["a", "x", "b", "a"], cards) == "Likes: Dune by F. Herbert; Emma."
+    products = pa.Table.from_pylist([
+        {"product_id": name, "title": title, "author": author, "description": None, "categories": categories}
+        for name, title, author, categories in (("a", "Dune", "F. Herbert", ["novels"]), ("b", "Emma", None, []),
+                                                ("c", "Atlas", None, ["maps"]), ("d", "Ivanhoe", None, ["novels"]))])
+    items = Items(catalogue_table(products, None, None, None, 5))
+    bought = History("u", np.arange(4), np.full(4, 5.0), np.array([40, 30, 20, 10]), ("rating",) * 4)
+    trained = context_text(bought, np.arange(4), items, ContextConfig(), seed=7)
+    cards = [{"product_id": one["product_id"], "title": one["title"], "brand": one["author"],
+              "category": next(iter(one["categories"]), None)} for one in products.to_pylist()]
+    assert history_query(["d", "c", "a", "x", "b", "a"], cards) == trained == (
+        "Likes: Dune by F. Herbert; Emma; Atlas; Ivanhoe. Genres: novels, maps.")
 
 
 def test_an_artefact_of_recommenders_is_opened_by_name(tmp_path: Path, first: FirstStage) -> None:
