@@ -91,7 +91,9 @@ bench-clothing: $(VENV)/.dev  ## photographs of garments that find their class: 
 bench-adapter: $(VENV)/.dev  ## the adapter of pictures on planted attributes: the usual recipe, ours, what the gate catches
 	$(RUN) benchmarks/attribute_adapter.py --config configs/bench_attribute_adapter/full.yaml
 
-bench-serve: $(VENV)/.dev  ## searches with reranking beside the usual stack: speed, quality, what a hop of Serve costs
+bench-serve: $(VENV)/.dev  ## searches with reranking beside the usual stack: speed, quality, what a hop of Serve costs (after bench-rerank)
+	$(call JOB,retrieve_candidates,icecat)
+	$(call JOB,train_gbdt,bench_serve)
 	$(RUN) benchmarks/serve_speed.py --config configs/bench_serve_speed/full.yaml
 
 bench-load: $(VENV)/.dev  ## ten minutes at 80 % of the service's capacity, with malformed requests
