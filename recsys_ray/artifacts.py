@@ -290,7 +290,8 @@ def stage(root: str | Path, kind: str, fingerprint: str, wait_s: float = 0.0) ->
 
     A second writer gets `ArtifactError` at once, or after `wait_s` seconds; one that waited should look whether
     the version it wanted is there now. The lock is the operating system's, so it ends with
-    the process that holds it, however that ends.
+    the process that holds it, however that ends. Abandoned work of other fingerprints is deleted: what is begun
+    is of these inputs, or of none.
     """
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
@@ -300,16 +301,12 @@ def stage(root: str | Path, kind: str, fingerprint: str, wait_s: float = 0.0) ->
     except Timeout:
         raise ArtifactError(f"{root}: another process is writing a version here; wait for it or end it") from None
     try:
+        for path in (root / "staging").glob("*"):
+            if path.name != fingerprint:
+                shutil.rmtree(path, ignore_errors=True)
         yield Staging(root, kind, fingerprint)
     finally:
         lock.release()
-
-
-def sweep_staging(root: str | Path, keep_fingerprint: str) -> None:
-    """Delete abandoned work of other fingerprints; call it while holding the lock of `stage`."""
-    for path in (Path(root) / "staging").glob("*"):
-        if path.name != keep_fingerprint:
-            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_table(directory: Path, name: str, table: pa.Table) -> FileEntry:

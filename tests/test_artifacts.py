@@ -23,7 +23,6 @@ from recsys_ray.artifacts import (
     prune,
     rollback,
     stage,
-    sweep_staging,
 )
 from recsys_ray.config import Config
 
@@ -148,12 +147,11 @@ def test_a_second_writer_is_turned_away(tmp_path: Path) -> None:
 def test_staged_work_survives_and_foreign_work_is_swept(tmp_path: Path) -> None:
     with stage(tmp_path, "texts", "a") as staging:
         staging.write_table("x.parquet", TABLE)
-    with stage(tmp_path, "texts", "b"):
-        pass
     with stage(tmp_path, "texts", "a") as staging:
         assert staging.entry("x.parquet", 3).rows == 3
-        sweep_staging(tmp_path, "a")
-    assert [path.name for path in (tmp_path / "staging").iterdir()] == ["a"]
+    with stage(tmp_path, "texts", "b") as staging:
+        staging.write_table("x.parquet", TABLE)
+    assert [path.name for path in (tmp_path / "staging").iterdir()] == ["b"]
 
 
 CRASHING = """

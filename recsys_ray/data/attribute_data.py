@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from recsys_ray.artifacts import Artifact, Manifest, find_artifact, open_artifact, stage, sweep_staging, write_text
+from recsys_ray.artifacts import Artifact, Manifest, find_artifact, open_artifact, stage, write_text
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.attribute_audit import attribute_audit, attribute_page, spot_check
 from recsys_ray.data.attribute_schema import NAMES, AttributeSchema, load_schema
@@ -111,7 +111,6 @@ def label_attributes(config: LabelAttributesConfig) -> Artifact:
     rows = with_groups(values, groups)
     audit = attribute_audit(rows, products, groups, quarantine, reader)
     with stage(config.output.resolve(), KIND, key) as staging:
-        sweep_staging(config.output.resolve(), key)
         files = [staging.write_table("attributes.parquet", rows), staging.write_table("quarantine.parquet", quarantine)]
         texts = {"groups.csv": spot_check(rows, products, groups, config.seed), "audit.html": attribute_page(audit),
                  "audit.json": json.dumps(audit, indent=1, ensure_ascii=False, allow_nan=False) + "\n"}

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage, sweep_staging, write_text
+from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage, write_text
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.attribute_data import IMAGES_KIND, open_attributes
 from recsys_ray.data.attribute_pairs import POSITIVE, AttributePairError, PairConfig, Vectors, make_pairs
@@ -90,7 +90,6 @@ def make_attribute_pairs(config: MakeAttributePairsConfig) -> Artifact:
     vectors = None if vectors_of is None else product_vectors(vectors_of, rows["product_id"].to_pylist())
     tables, facts = _pairs(config, rows, vectors)
     with stage(config.output.resolve(), KIND, key) as staging:
-        sweep_staging(config.output.resolve(), key)
         files = [staging.write_table(f"pairs/{split}.parquet", table) for split, table in tables.items()]
         write_text(staging.path / "statistics.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
         return staging.commit([*files, staging.entry("statistics.json")], config=config, parents=parents, facts=facts)

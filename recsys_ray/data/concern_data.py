@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from recsys_ray.artifacts import Artifact, FileEntry, Staging, find_artifact, stage, sweep_staging, write_text
+from recsys_ray.artifacts import Artifact, FileEntry, Staging, find_artifact, stage, write_text
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.concern_audit import audit_of, audit_page
 from recsys_ray.data.concern_products import ConcernProducts, read_concern_products
@@ -89,7 +89,6 @@ def label_concerns(config: LabelConcernsConfig) -> Artifact:
     for name in audit["without_positives"]:
         log.warning("%s has no positive product: a model cannot learn it from these labels", name)
     with stage(config.output.resolve(), KIND, key) as staging:
-        sweep_staging(config.output.resolve(), key)
         files = [staging.write_table("products.parquet", products), staging.write_table("labels.parquet", labels),
                  staging.write_table("quarantine.parquet", quarantine), *_texts(staging, labels, audit)]
         return staging.commit(files, config=config, parents=parents, facts=_facts(config, book, audit))

@@ -32,7 +32,6 @@ from recsys_ray.artifacts import (
     find_artifact,
     open_artifact,
     stage,
-    sweep_staging,
     write_table,
     write_text,
 )
@@ -95,7 +94,6 @@ def extract_keywords(config: ExtractKeywordsConfig) -> Artifact:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
-        sweep_staging(output, key)
         plan = Plan(prepared=str(prepared_root), version=prepared.manifest.version, staging=str(staging.path),
                     earlier=_earlier(output, prepared), llm=config.llm, splits=config.splits,
                     max_reviews_per_product=config.max_reviews_per_product, min_words=config.min_words,

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 from pydantic import Field
 
-from recsys_ray.artifacts import Artifact, find_artifact, stage, sweep_staging, write_text
+from recsys_ray.artifacts import Artifact, find_artifact, stage, write_text
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.attribute_data import LabelAttributesConfig, open_attributes
 from recsys_ray.data.grounding import INSTRUCTIONS, GroundingError, analyse, grounding_page, read_review, review_csv
@@ -61,7 +61,6 @@ def ground_attributes(config: GroundAttributesConfig) -> Artifact:
         for line in found["advice"]:
             log.info("%s", line)
     with stage(config.output.resolve(), KIND, key) as staging:
-        sweep_staging(config.output.resolve(), key)
         for name, text in texts.items():
             write_text(staging.path / name, text)
         return staging.commit([staging.entry(name) for name in texts], config=config,

@@ -23,7 +23,7 @@ import ray
 from pydantic import Field
 
 from recsys_ray import runtime
-from recsys_ray.artifacts import Artifact, FileEntry, Staging, find_artifact, stage, sweep_staging, write_table
+from recsys_ray.artifacts import Artifact, FileEntry, Staging, find_artifact, stage, write_table
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.audit import Counts, audit_table, merged, unused_values
 from recsys_ray.data.buckets import Part, gather_all, scatter
@@ -109,7 +109,6 @@ def prepare(config: PrepareConfig) -> Artifact:
         return done
     root = config.output.resolve()
     with runtime.connected(config.ray), stage(root, KIND, identity) as staging:
-        sweep_staging(root, identity)
         shutil.rmtree(staging.path / SCRATCH, ignore_errors=True)
         scattered = _scatter(config, staging, with_reviews=len(tables) > 1)
         if not scattered.products:

@@ -33,7 +33,6 @@ from recsys_ray.artifacts import (
     find_artifact,
     open_artifact,
     stage,
-    sweep_staging,
 )
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.attribute_schema import AttributeSchema, load_schema
@@ -214,7 +213,6 @@ def write_copy(config: WriteCopyConfig) -> Artifact | None:
     kept = _kept(config.output)
     ask, check = LlmClient(config.llm).ask, CopyCheck()
     with stage(config.output.resolve(), KIND, key) as staging:
-        sweep_staging(config.output.resolve(), key)
         counts: Counter[str] = Counter()
         files: list[FileEntry] = []
         aside: list[dict[str, Any]] = []

@@ -33,7 +33,6 @@ from recsys_ray.artifacts import (
     find_artifact,
     open_artifact,
     stage,
-    sweep_staging,
     write_table,
     write_text,
 )
@@ -146,7 +145,6 @@ def make_reranker_pairs(config: MakeRerankerPairsConfig) -> Artifact:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(config.output, KIND, key) as staging, runtime.connected(config.ray):
-        sweep_staging(config.output, key)
         if config.source is None:
             return _of_judgments(config, staging, judged, mined)
         return _of_users(config, config.source, staging, mined)

@@ -25,7 +25,6 @@ from recsys_ray.artifacts import (
     find_artifact,
     open_artifact,
     stage,
-    sweep_staging,
     write_text,
 )
 from recsys_ray.config import fingerprint
@@ -82,7 +81,6 @@ def make_pairs(config: MakePairsConfig) -> Artifact:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
-        sweep_staging(output, key)
         job = PairJob(str(prepared_root), prepared.manifest.version, str(staging.path), options)
         parts: dict[str, list[JudgedQuery] | None] = {
             Path(name).stem: None for name in prepared.names("products/")}

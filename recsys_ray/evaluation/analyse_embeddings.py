@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import model_validator
 
-from recsys_ray.artifacts import Artifact, find_artifact, list_versions, stage, sweep_staging, write_text
+from recsys_ray.artifacts import Artifact, find_artifact, list_versions, stage, write_text
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.evaluation.embedding_analysis import (
     AnalysisError,
@@ -84,7 +84,6 @@ def _publish(config: AnalyseConfig, key: str, after: VectorTable, before: Vector
     for name, value in figures.items():
         log.info("%-24s %.4g", name.replace("_", " "), value)
     with stage(config.output.resolve(), KIND, key) as staging:
-        sweep_staging(config.output.resolve(), key)
         files = [staging.write_table("near_duplicates.parquet", pairs)]
         write_text(staging.path / "analysis.json", json.dumps(document, indent=1))
         write_text(staging.path / "index.html", page(document, analyser, pairs, change))

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
-from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage, sweep_staging, write_text
+from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage, write_text
 from recsys_ray.config import fingerprint
 from recsys_ray.data.attribute_data import IMAGES_KIND
 from recsys_ray.data.attribute_data import KIND as ATTRIBUTES_KIND
@@ -123,7 +123,6 @@ def evaluate_attributes(config: EvaluateAttributesConfig) -> Artifact:
     figures = {task.name: _figures(task, config) for task in tasks}
     document = _document(config, tasks, figures, items)
     with stage(config.output.resolve(), KIND, key) as staging:
-        sweep_staging(config.output.resolve(), key)
         from recsys_ray.evaluation.attribute_gallery import attribute_page, gallery
 
         shown = gallery(config, tasks, figures, document, inputs["vectors"])

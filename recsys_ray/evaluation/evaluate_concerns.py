@@ -27,7 +27,6 @@ from recsys_ray.artifacts import (
     open_artifact,
     sha256_of,
     stage,
-    sweep_staging,
     write_text,
 )
 from recsys_ray.config import fingerprint
@@ -115,7 +114,6 @@ def evaluate_concerns(config: EvaluateConcernsConfig) -> Artifact:
         return done
     document, rows = _measured(config, labels)
     with stage(config.output.resolve(), KIND, key) as staging:
-        sweep_staging(config.output.resolve(), key)
         from recsys_ray.evaluation.concern_page import concern_page
 
         entry = staging.write_table("per_product.parquet", rows)

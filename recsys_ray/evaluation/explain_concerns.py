@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 from pydantic import Field
 
-from recsys_ray.artifacts import Artifact, find_artifact, stage, sweep_staging, write_text
+from recsys_ray.artifacts import Artifact, find_artifact, stage, write_text
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.concern_products import ConcernProducts, read_concern_products
 from recsys_ray.data.concern_rulebook import load_rules
@@ -89,7 +89,6 @@ def explain_concerns(config: ExplainConcernsConfig) -> Artifact:
     answers = list(_answers(config, listed))
     log.info("%d products, %d answers explained", len(listed), len(answers))
     with stage(config.output.resolve(), KIND, key) as staging:
-        sweep_staging(config.output.resolve(), key)
         write_text(staging.path / "explanations.json", json.dumps(answers, ensure_ascii=False, indent=1))
         table = _table(answers, config.top)
         pa_csv.write_csv(table, staging.path / "explanations.csv")

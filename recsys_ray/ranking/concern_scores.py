@@ -32,7 +32,6 @@ from recsys_ray.artifacts import (
     find_artifact,
     open_artifact,
     stage,
-    sweep_staging,
     write_table,
 )
 from recsys_ray.config import Config, fingerprint
@@ -132,7 +131,6 @@ def score_concerns(config: ScoreConcernsConfig) -> Artifact:
     work = () if prepared else tuple((piece, recipe) for recipe in recipes(source, "products")
                                      for file in recipe.files for piece in pieces_of(file, PIECE_BYTES))
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
-        sweep_staging(output, key)
         model = config.model.replace(model=str(find_model(config.model.model, MODEL_KIND)))
         buckets = int(prepared.manifest.facts["num_buckets"]) if prepared else 0
         job = _Job(work, buckets, prepared, _decided(config.products, prepared), str(staging.path),

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, sweep_staging, write_text
+from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, write_text
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.judged_pairs import query_folds
 from recsys_ray.evaluation.judgments import CandidateJudgments, JudgmentSource, read_judgments
@@ -108,7 +108,6 @@ def train_gbdt(config: TrainGbdtConfig) -> Artifact:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging:
-        sweep_staging(output, key)
         period = _Period(config, index, prepared, Reranker(config.rerank))
         files, facts = _made(config, period, candidates, identity, staging)
         return staging.commit(files, config=config, parents=parents, facts=facts)

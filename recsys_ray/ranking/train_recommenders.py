@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from recsys_ray.artifacts import Artifact, FileEntry, Staging, find_artifact, stage, sweep_staging
+from recsys_ray.artifacts import Artifact, FileEntry, Staging, find_artifact, stage
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.evaluation.metrics import RankedJudgments, score_all
 from recsys_ray.evaluation.ranking import SPECS, whole_ranking
@@ -82,7 +82,6 @@ def train_recommenders(config: TrainRecommendersConfig) -> Artifact:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(config.output, KIND, key) as staging:
-        sweep_staging(config.output, key)
         fitted, facts = fit_all(histories, config)
         files = [staging.entry(f"{name}/{file}") for name, one in fitted.items()
                  for file in one.save(staging.path / name)]

@@ -26,7 +26,6 @@ from recsys_ray.artifacts import (
     find_artifact,
     open_artifact,
     stage,
-    sweep_staging,
 )
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.models.registry import build_text_encoder
@@ -105,7 +104,6 @@ def retrieve_candidates(config: RetrieveConfig) -> Artifact:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
-        sweep_staging(output, key)
         return _run(config, index, identity, staging, query_set, {"index": index.manifest, **parents})
 
 

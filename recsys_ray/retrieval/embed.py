@@ -37,7 +37,6 @@ from recsys_ray.artifacts import (
     list_versions,
     open_artifact,
     stage,
-    sweep_staging,
     write_table,
     write_text,
 )
@@ -124,7 +123,6 @@ def embed_products(config: EmbedConfig) -> Artifact:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
-        sweep_staging(output, key)
         job = _Job(str(prepared_root), prepared.manifest.version, str(output),
                    _earlier(output, key, prepared, identity), str(staging.path),
                    _resolved(config.encoder).model_dump(mode="json"), identity)

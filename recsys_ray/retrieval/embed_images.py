@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from recsys_ray import runtime
-from recsys_ray.artifacts import Artifact, ArtifactError, find_artifact, stage, sweep_staging, write_table
+from recsys_ray.artifacts import Artifact, ArtifactError, find_artifact, stage, write_table
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.image_files import ImageTable, with_bytes
 from recsys_ray.data.images import Pixels, decoded_images
@@ -81,7 +81,6 @@ def embed_images(config: EmbedImagesConfig) -> Artifact:
     images = config.images if "://" in config.images.root else config.images.replace(
         root=str(Path(config.images.root).resolve()))
     with stage(config.output.resolve(), KIND, key) as staging, runtime.connected(config.ray):
-        sweep_staging(config.output.resolve(), key)
         job = _Job(work, str(staging.path), images.model_dump(mode="json"), encoder.model_dump(mode="json"),
                    loaded.identity)
         made = run_pieces(_PieceEmbedder, job, len(work), staging.path, VECTORS, gpu=encoder.device != "cpu",

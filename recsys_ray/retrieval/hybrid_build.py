@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
-from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage, sweep_staging
+from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.preprocess import clean_query
 from recsys_ray.data.sources.tables import load_table, table_states
@@ -123,7 +123,6 @@ def build_hybrid(config: BuildHybridConfig) -> Artifact:
                         VectorIndex.build(space.items(directions), config.vector), encoders)
     tuned = None if config.tune is None else _tuned(built, tower, config.tune)
     with stage(config.output.resolve(), KIND, key) as staging:
-        sweep_staging(config.output.resolve(), key)
         files = [staging.write_table("rows.parquet", built.rows)]
         save_space(space, projections, staging.path / "space.npz")
         saved = built.vectors.save(staging.path / "vectors.npy", staging.path / "vectors.faiss")

@@ -22,7 +22,7 @@ from typing import Any, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage, sweep_staging, write_text
+from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage, write_text
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.data.images import ImageLimits, Pixels, decode_image
 from recsys_ray.data.preprocess import clean_query
@@ -226,7 +226,6 @@ def _answer_all(config: SearchProductsConfig, queries: TableQueries, searcher: H
     table = table_query_set(queries).queries
     weights = config.weights or searcher.index.text_weights
     with stage(config.output.resolve(), "candidates", key) as staging:
-        sweep_staging(config.output.resolve(), key)
         files = [staging.write_table("queries.parquet", table)]
         for number, start in enumerate(range(0, table.num_rows, QUERIES_AT_ONCE)):
             rows = table.slice(start, QUERIES_AT_ONCE)

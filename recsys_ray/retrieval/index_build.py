@@ -36,7 +36,6 @@ from recsys_ray.artifacts import (
     list_versions,
     open_artifact,
     stage,
-    sweep_staging,
 )
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.ids import bucket_of
@@ -140,7 +139,6 @@ def build_index(config: BuildIndexConfig) -> Artifact:
              "vector": config.vector.model_dump(mode="json"), "lexical": config.lexical.model_dump(mode="json"),
              "concerns": concern_facts(scores)}
     with runtime.connected(config.ray), stage(root, KIND, identity) as staging:
-        sweep_staging(root, identity)
         num_buckets = int(prepared.manifest.facts["num_buckets"])
         groups = bucket_groups(prepared, config.rows_per_segment)
         built = None
@@ -283,7 +281,6 @@ def compact_index(config: CompactIndexConfig) -> Artifact:
     identity = fingerprint({"compacted": current.manifest.fingerprint, "version": current.manifest.version,
                             "rows_per_segment": config.rows_per_segment, "code": STAGE_VERSION})
     with runtime.connected(config.ray), stage(root, KIND, identity) as staging:
-        sweep_staging(root, identity)
         num_buckets = _num_buckets(current)
         count = min(num_buckets, max(1, -(-int(facts["live_rows"]) // config.rows_per_segment)))
         ranges = np.array_split(np.arange(num_buckets, dtype=np.int32), count)

@@ -31,7 +31,6 @@ from recsys_ray.artifacts import (
     find_artifact,
     open_artifact,
     stage,
-    sweep_staging,
     write_table,
     write_text,
 )
@@ -124,7 +123,6 @@ def mine_negatives(config: MineNegativesConfig) -> Artifact:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
-        sweep_staging(output, key)
         return _run(config, pairs, index, prepared, identity, staging)
 
 

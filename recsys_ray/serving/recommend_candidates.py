@@ -15,7 +15,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import Field
 
-from recsys_ray.artifacts import Artifact, Staging, find_artifact, stage, sweep_staging
+from recsys_ray.artifacts import Artifact, Staging, find_artifact, stage
 from recsys_ray.config import Config, fingerprint
 from recsys_ray.ranking.histories import Asked, Histories, HistorySource, PreparedHistories, read_histories
 from recsys_ray.ranking.recommenders import RecommenderError
@@ -68,7 +68,6 @@ def recommend_candidates(config: RecommendCandidatesConfig) -> Artifact:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging:
-        sweep_staging(output, key)
         asked = histories.asked[config.split].drawn(config.max_users, config.seed)
         ids = (_first_finds(config.histories, source, config.split, asked, histories)
                if isinstance(config.histories, PreparedHistories) else {one: one for one in asked.known.users})

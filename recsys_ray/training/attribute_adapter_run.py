@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys_ray import runtime
-from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, sweep_staging, write_text
+from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, write_text
 from recsys_ray.config import ConfigError
 from recsys_ray.data.attribute_pair_data import GroupSplit
 from recsys_ray.evaluation.gate import GateError
@@ -82,7 +82,6 @@ def _finetune(given: FinetuneAttributeAdapterConfig, report: Report | None) -> A
     data = read_data(config, inputs)
     require_alignment(data.items, config.seed)
     with stage(config.output, KIND, key) as staging:
-        sweep_staging(config.output, key)
         data = with_pictures(config, data, staging.path)
         if config.workers.count == 0:
             use_threads(config.workers)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys_ray import runtime
-from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, sweep_staging
+from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage
 from recsys_ray.config import fingerprint
 from recsys_ray.data.concern_data import KIND as LABELS_KIND
 from recsys_ray.models.bt_bert import KIND, Calibration
@@ -55,7 +55,6 @@ def _finetune(given: FinetuneBtBertConfig, report: Report | None) -> Artifact:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(config.output, KIND, key) as staging:
-        sweep_staging(config.output, key)
         if config.workers.count == 0:
             train_worker(config, staging.path, labels.manifest.version, key, report)
         else:

@@ -7,7 +7,7 @@ from typing import Self
 
 import pyarrow as pa
 
-from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage, sweep_staging
+from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage
 from recsys_ray.config import Config, ConfigError, fingerprint
 from recsys_ray.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from recsys_ray.schema import embedding_schema
@@ -51,7 +51,6 @@ def clip_text_vectors(config: ClipTexts, pictures: Artifact, output: Path) -> Ar
                       "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), encoder.dimension)},
                      schema=embedding_schema(encoder.dimension))
     with stage(output, KIND, key) as staging:
-        sweep_staging(output, key)
         return staging.commit([staging.write_table("vectors/bucket-00000.parquet", table)], config=config,
                               parents={"prepared": prepared.manifest, "pictures": pictures.manifest},
                               facts={"encoder": encoder.identity, "dimension": encoder.dimension, "rows": len(rows)})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recsys_ray import runtime
-from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, sweep_staging
+from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage
 from recsys_ray.config import fingerprint
 from recsys_ray.models.cross_encoder import CrossEncoderConfig, cross_encoder_identity
 from recsys_ray.models.sentence_layout import CROSS_ENCODER_KIND as KIND
@@ -51,7 +51,6 @@ def _finetune(given: FinetuneCrossEncoderConfig, report: Report | None) -> Artif
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(config.output, KIND, key) as staging:
-        sweep_staging(config.output, key)
         if config.workers.count == 0:
             train_worker(config, staging.path, pairs.manifest.version, key, report)
         else:

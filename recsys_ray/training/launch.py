@@ -25,7 +25,6 @@ from recsys_ray.artifacts import (
     find_artifact,
     open_artifact,
     stage,
-    sweep_staging,
     write_text,
 )
 from recsys_ray.config import Config, fingerprint
@@ -82,7 +81,6 @@ def _finetune(given: FinetuneBgeConfig, report: Report | None) -> Artifact:
         return done
     guide = None if config.guide is None else guide_vectors(config, pairs)
     with stage(output, KIND, key) as staging:
-        sweep_staging(output, key)
         settings: dict[str, Any] = {
             "staging": str(staging.path), "shards_version": shards.manifest.version, "key": key,
             "guide_version": None if guide is None else guide.manifest.version}
@@ -145,7 +143,6 @@ def _tokenised(config: FinetuneBgeConfig, pairs: Artifact) -> Artifact:
     with stage(root, pair_shards.KIND, key, WAIT_S) as staging:
         if (done := find_artifact(root, pair_shards.KIND, key)) is not None:
             return done     # made by a run beside this one, with the same shards
-        sweep_staging(root, key)
         names = [name for split in pair_shards.SPLITS for name in pairs.names(f"pairs/{split}/")]
         todo = [name for name in names if _finished(staging.path, _shard_name(name)) is None]
         log.info("tokenising %d files of pairs, %d found finished", len(names), len(names) - len(todo))

@@ -25,7 +25,6 @@ from recsys_ray.artifacts import (
     find_artifact,
     open_artifact,
     stage,
-    sweep_staging,
     write_text,
 )
 from recsys_ray.config import Config, fingerprint
@@ -77,7 +76,6 @@ def guide_vectors(config: FinetuneBgeConfig, pairs: Artifact) -> Artifact:
     with stage(root, guide.KIND, key, WAIT_S) as staging:
         if (done := find_artifact(root, guide.KIND, key)) is not None:
             return done     # made by a run beside this one, with the same shards
-        sweep_staging(root, key)
         one = _Pass(_guide_writer, config.guide.model_dump(mode="json"), *_named(pairs), str(staging.path))
         files = _over_files(one, pairs.names("pairs/train/"), config.workers.count,
                             config.workers.gpus)
@@ -110,7 +108,6 @@ def score_pairs(config: ScorePairsConfig) -> Artifact:
         return done
     teacher.require_negatives(pairs)
     with stage(root, PAIRS_KIND, key) as staging, runtime.connected(config.ray) if config.workers else nullcontext():
-        sweep_staging(root, key)
         found = teacher.compared(config, pairs)
         one = _Pass(_score_writer, config.teacher.model_dump(mode="json"), *_named(pairs), str(staging.path))
         files = _over_files(one, pairs.names("pairs/train/"), config.workers, config.gpus)

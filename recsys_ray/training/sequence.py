@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage, sweep_staging, write_text
+from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage, write_text
 from recsys_ray.config import fingerprint
 from recsys_ray.evaluation.metrics import score_all
 from recsys_ray.evaluation.ranking import SPECS, whole_ranking
@@ -80,7 +80,6 @@ def finetune_sequence(config: FinetuneSequenceConfig) -> Artifact:
         log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(here.output, KIND, key) as staging:
-        sweep_staging(here.output, key)
         settings = {"config": here.model_dump(mode="json"), "staging": str(staging.path), "key": key}
         if here.workers.count == 0:
             train_worker(settings)
