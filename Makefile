@@ -77,6 +77,10 @@ bench-rerank: $(VENV)/.dev  ## does reranking help on ESCI and Icecat? nested cr
 	$(RUN) benchmarks/rerank_labels.py --config configs/bench_rerank_labels/esci.yaml
 	$(RUN) benchmarks/rerank_labels.py --config configs/bench_rerank_labels/icecat.yaml
 
+.PHONY: bench-goodbooks
+bench-goodbooks: $(VENV)/.dev  ## books for readers: recommenders, cross-encoders and their blend under three kinds of negatives
+	$(RUN) benchmarks/goodbooks.py --config configs/bench_goodbooks/full.yaml
+
 bench-transfer: $(VENV)/.dev  ## which levers keep their sign on real data; needs bench-finetuned and the ablation
 	$(RUN) benchmarks/finetuned_labels.py --config configs/bench_finetuned_labels/goodbooks.yaml
 	$(RUN) benchmarks/transfer.py --config configs/bench_transfer/full.yaml

@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from goodbooks_blend import Blend, BlendConfig, Features, features, fit_blend
+from goodbooks_plot import plot_curves
 from goodbooks_scores import (
     POSITIVE,
     Books,
@@ -76,6 +77,7 @@ class JobConfig(Config):
     pairs: dict[str, Any]                           # keys of MakeRerankerPairsConfig, without negatives and output
     work: Path = Path("runs/bench_goodbooks")
     result: Path = Path("benchmarks/results/goodbooks.json")
+    plot: Path = Path("docs/goodbooks_curves.png")
     valid_users: int = Field(default=2400, ge=10)   # fit the blend of the full ranking
     test_users: int = Field(default=1200, ge=10)    # make the figures of the full ranking
     sampled_users: int = Field(default=400, ge=10)  # the first of each, who also get sampled negatives
@@ -190,7 +192,9 @@ def _cost(artifact: Artifact) -> dict[str, Any]:
     curve = [{"step": line["step"], objective: line[objective]} for line in read_curve(artifact.file("metrics.jsonl"))
              if objective in line]
     names = ("loss", "steps", "best_step", "best_value", "pairs", "lists", "tokens", "cpu_seconds", "learning_rate")
-    return {**{name: facts[name] for name in names}, "cpu_hours": facts["cpu_seconds"] / 3600, "curve": curve}
+    pairs_per_step = artifact.manifest.config["sampler"]["batch_groups"] * facts["pairs"]["train"] // facts["lists"]
+    return {**{name: facts[name] for name in names}, "pairs_per_step": pairs_per_step,
+            "cpu_hours": facts["cpu_seconds"] / 3600, "curve": curve}
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -247,6 +251,7 @@ def _write(config: JobConfig, panels: Mapping[str, Panel], scores: Mapping[str, 
     blend = _whole_blend(config, panels["valid"], found["valid"])
     measured[WHOLE] = _whole(config, panels["test"], scores["test"], heads["test"], found["test"], blend)
     tables[WHOLE] = _table(measured[WHOLE], blend, "nDCG@10")
+    plot_curves(facts["cross_encoders"], config.plot)
     command = f"python benchmarks/goodbooks.py {shlex.join(sys.argv[1:])}"
     return write_result(config.result, command=command, headline=_headline(measured), tables=tables,
                         seeds=[config.seed])
