@@ -29,6 +29,7 @@ from goodbooks_scores import (
     POSITIVE,
     Books,
     Floats,
+    Ints,
     Panel,
     bi_encoder_scores,
     bm25_scores,
@@ -61,6 +62,7 @@ log = logging.getLogger(__name__)
 BASELINES = ("popularity", "item_knn", "ease", "item_knn_standardised", "ease_standardised", "bm25", "bi_encoder")
 BLEND, WHOLE = "blend", "full"
 FIRST_STAGE = "ease"        # whose head the cross-encoders reorder in the full ranking
+RECOMMENDERS = ("popularity", "item_knn", "ease", "sequence")   # whose heads the blend orders there
 
 
 class RerankerRow(Config):
@@ -92,6 +94,7 @@ class JobConfig(Config):
     finetune: dict[str, Any] = Field(default_factory=dict)          # of every cross-encoder
     max_tokens: int = Field(default=160, ge=8)      # of context and book together
     depth: int = Field(default=20, ge=1)            # books of the first stage that cross-encoders reorder
+    blended_depth: int = Field(default=100, ge=1)   # books of each recommender that the blend orders in that ranking
     blend: BlendConfig = BlendConfig()
     samples: int = Field(default=2000, ge=100)
     seed: int = 7
@@ -124,7 +127,8 @@ def run(config: JobConfig) -> Path:
     config = config.replace(finetune={**config.finetune, **_best_loss(tried)})
     rerankers = {name: _cross_encoder(config, name, lists) for name in config.cross_encoders}
     reranked = {split: {name: _reranked(config, split, name, one, panel, books, scores[split])
-                        for name, one in rerankers.items()} for split, panel in panels.items()}
+                        for name, one in rerankers.items() if split == "test" or name in config.blended}
+                for split, panel in panels.items()}
     return _write(config, panels, scores, reranked, {
         "recommenders": recommenders.manifest.facts, "sequence": sequence.manifest.facts,
         "losses": [{"name": name, **_cost(one)} for name, one in tried.items()],
@@ -210,11 +214,10 @@ def _reranked(config: JobConfig, split: str, name: str, artifact: Artifact, pane
               scores: Mapping[str, Floats]) -> Floats:
     """(U, E): a cross-encoder's scores of the rows under every policy and of the first stage's head, else NaN."""
     user, book = panel.first(config.sampled_users).union()
-    head = np.argsort(-np.where(panel.allowed, scores[FIRST_STAGE], -np.inf), axis=1, kind="stable")[:, :config.depth]
     wanted = np.zeros(panel.allowed.shape, dtype=bool)
     wanted[user, book] = True
     if name in config.blended:
-        wanted[np.arange(len(panel))[:, None], head] = True
+        wanted |= _head(panel, scores[FIRST_STAGE], config.depth)
     key = [artifact.manifest.fingerprint, panel.contexts, books.texts, fingerprint(np.argwhere(wanted).tolist()),
            config.max_tokens]
 
@@ -248,7 +251,7 @@ def _write(config: JobConfig, panels: Mapping[str, Panel], scores: Mapping[str, 
         tables[policy] = _table(measured[policy], blend, "ROC AUC")
     heads = {split: _heads(config, panel, scores[split], read[split]) for split, panel in panels.items()}
     found = {split: features(panel, scores[split], heads[split]) for split, panel in panels.items()}
-    blend = _whole_blend(config, panels["valid"], found["valid"])
+    blend = _whole_blend(config, panels["valid"], scores["valid"], found["valid"])
     measured[WHOLE] = _whole(config, panels["test"], scores["test"], heads["test"], found["test"], blend)
     tables[WHOLE] = _table(measured[WHOLE], blend, "nDCG@10")
     plot_curves(facts["cross_encoders"], config.plot)
@@ -271,32 +274,47 @@ def _under(config: JobConfig, panel: Panel, policy: str, systems: Mapping[str, F
 def _heads(config: JobConfig, panel: Panel, scores: Mapping[str, Floats], reranked: Mapping[str, Floats]
            ) -> dict[str, Floats]:
     """The cross-encoders' scores of the first stage's head alone: which other books they read tells the labels."""
-    order = np.argsort(-np.where(panel.allowed, scores[FIRST_STAGE], -np.inf), axis=1, kind="stable")
-    head = np.zeros(panel.allowed.shape, dtype=bool)
-    head[np.arange(len(panel))[:, None], order[:, :config.depth]] = True
+    head = _head(panel, scores[FIRST_STAGE], config.depth)
     return {name: np.where(head, one, np.nan).astype(np.float32) for name, one in reranked.items()}
 
 
-def _whole_blend(config: JobConfig, panel: Panel, found: Features) -> Blend:
-    """The blend fitted to full rankings: every book that may be shown is a row."""
-    user, book = np.nonzero(panel.allowed)
+def _head(panel: Panel, scores: Floats, depth: int) -> npt.NDArray[np.bool_]:
+    """(U, E): the `depth` best books of each user that may be shown."""
+    order = np.argsort(-np.where(panel.allowed, scores, -np.inf), axis=1, kind="stable")
+    head = np.zeros(panel.allowed.shape, dtype=bool)
+    head[np.arange(len(panel))[:, None], order[:, :depth]] = True
+    return head & panel.allowed
+
+
+def _candidates(config: JobConfig, panel: Panel, scores: Mapping[str, Floats]) -> tuple[Ints, Ints]:
+    """(user, book) of what the blend orders in the full ranking: the heads of all recommenders."""
+    heads = [_head(panel, scores[name], config.blended_depth) for name in RECOMMENDERS]
+    user, book = np.nonzero(np.logical_or.reduce(heads))
+    return user, book
+
+
+def _whole_blend(config: JobConfig, panel: Panel, scores: Mapping[str, Floats], found: Features) -> Blend:
+    """The blend fitted to full rankings."""
     relevant = np.zeros(panel.allowed.shape, dtype=np.int64)
     for row, books in enumerate(panel.rows[POSITIVE]):
         relevant[row, books] = 1
+    user, book = _candidates(config, panel, scores)
     return fit_blend(found, user, book, relevant[user, book], config.blend)
 
 
 def _whole(config: JobConfig, panel: Panel, scores: Mapping[str, Floats], heads: Mapping[str, Floats],
            found: Features, blend: Blend) -> Measured:
-    """Every system over all books that may be shown; a cross-encoder reorders the head of the first stage."""
+    """Every system over all books that may be shown; below what a system reordered, the first stage goes on."""
+    first = scores[FIRST_STAGE].astype(np.float64)
+    below = first - first.max() - 1
     systems: dict[str, npt.NDArray[Any]] = {
         RANDOM: np.random.default_rng(config.seed).random(panel.allowed.shape), **scores}
     for name, one in heads.items():
-        bounded = 1 / (1 + np.exp(-one.astype(np.float64)))     # above everything that was not read, in its own order
-        systems[name] = np.where(np.isnan(one), scores[FIRST_STAGE], 1 + scores[FIRST_STAGE].max() + bounded)
-    user, book = np.nonzero(panel.allowed)
-    systems[BLEND] = np.full(panel.allowed.shape, -np.inf)
-    systems[BLEND][user, book] = blend.score(found, user, book)
+        systems[name] = np.where(np.isnan(one), below, 1 / (1 + np.exp(-one.astype(np.float64))))
+    user, book = _candidates(config, panel, scores)
+    blended = blend.score(found, user, book)
+    systems[BLEND] = below + blended.min()
+    systems[BLEND][user, book] = blended
     relevant = [books.tolist() for books in panel.rows[POSITIVE]]
     return measure_whole({name: whole_ranking(panel.users, one, relevant, panel.allowed, config.seed)
                           for name, one in systems.items()}, _resampling(config))
