@@ -32,6 +32,7 @@ from cells import is_current, make_missing, merged, read_cell, write_cell
 from recsys_ray.artifacts import Artifact, open_artifact, write_table
 from recsys_ray.config import Config, fingerprint, main
 from recsys_ray.data.attribute_data import LabelAttributesConfig, label_attributes
+from recsys_ray.data.attribute_items import Items, Pairs, read_items, split_places
 from recsys_ray.data.attribute_pair_data import GroupSplit, MakeAttributePairsConfig, make_attribute_pairs
 from recsys_ray.data.attribute_pairs import PairConfig
 from recsys_ray.data.demo_shop import DemoShopConfig, make_demo_shop
@@ -55,7 +56,6 @@ from recsys_ray.runtime import RayConfig, connected
 from recsys_ray.schema import ATTRIBUTE_ROW, IMAGE
 from recsys_ray.training.attribute_adapter import AdapterData, FinetuneAttributeAdapterConfig
 from recsys_ray.training.attribute_adapter_run import train_worker
-from recsys_ray.training.attribute_data import Items, Pairs, read_items, split_places
 from recsys_ray.training.attribute_gate import SliceGateConfig, judge_slices, require_alignment
 
 log = logging.getLogger(__name__)

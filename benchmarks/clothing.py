@@ -25,6 +25,7 @@ from cells import is_current, make_missing, merged, read_cell, write_cell
 
 from recsys_ray.artifacts import Artifact, open_artifact, write_table
 from recsys_ray.config import Config, fingerprint, main
+from recsys_ray.data.attribute_items import Items, label_pairs, read_items
 from recsys_ray.data.image_files import ImageTable
 from recsys_ray.evaluation.attributes import attribute_figures, average_precisions, chance_level
 from recsys_ray.evaluation.results import write_result
@@ -36,7 +37,6 @@ from recsys_ray.retrieval.embed_images import KIND as VECTORS
 from recsys_ray.retrieval.embed_images import EmbedImagesConfig, embed_images
 from recsys_ray.training.attribute_adapter import AdapterData, FinetuneAttributeAdapterConfig
 from recsys_ray.training.attribute_adapter_run import train_worker
-from recsys_ray.training.attribute_data import Items, label_pairs, read_items
 
 log = logging.getLogger(__name__)
 

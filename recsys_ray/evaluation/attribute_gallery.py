@@ -17,7 +17,7 @@ from recsys_ray.artifacts import Artifact
 from recsys_ray.data.attribute_schema import NAMES
 from recsys_ray.data.attributes import value_of
 from recsys_ray.data.image_files import ImageTable, chosen_images
-from recsys_ray.evaluation.evaluate_attributes import EvaluateAttributesConfig, Task
+from recsys_ray.evaluation.attribute_tasks import EvaluateAttributesConfig, Task
 
 SIDE = 112          # of a picture on the page
 Row = dict[str, Any]

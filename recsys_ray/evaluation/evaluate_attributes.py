@@ -10,22 +10,21 @@ import io
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, model_validator
 
 from recsys_ray.artifacts import Artifact, find_artifact, open_artifact, stage, write_text
 from recsys_ray.config import fingerprint
 from recsys_ray.data.attribute_data import IMAGES_KIND
 from recsys_ray.data.attribute_data import KIND as ATTRIBUTES_KIND
+from recsys_ray.data.attribute_items import Items, matrix, read_items, split_places
 from recsys_ray.data.attribute_pair_data import TEXTS_KIND, GroupSplit
-from recsys_ray.data.image_files import ImageTable
+from recsys_ray.evaluation.attribute_gallery import attribute_page, gallery
+from recsys_ray.evaluation.attribute_tasks import EvaluateAttributesConfig, Task
 from recsys_ray.evaluation.attributes import (
     AttributeMetricError,
     Vectors,
@@ -34,13 +33,8 @@ from recsys_ray.evaluation.attributes import (
     average_precisions,
     chance_level,
     chance_precision,
-    top_products,
 )
 from recsys_ray.evaluation.slice_gate import scoreboard
-from recsys_ray.evaluation.tasks import EvaluationConfig
-
-if TYPE_CHECKING:
-    from recsys_ray.training.attribute_data import Items
 
 log = logging.getLogger(__name__)
 
@@ -50,56 +44,6 @@ CODE_VERSION = 1                    # raise it when the figures of an unchanged 
 FEWEST = 200                        # pictures from which shuffled rows can be told from rows that say little
 PRECISION = "category2 mAP"
 Floats = npt.NDArray[np.float64]
-
-
-class EvaluateAttributesConfig(EvaluationConfig):
-    """Which vectors, by which attributes, on which pictures."""
-
-    task: Literal["attributes"] = "attributes"
-    name: str
-    vectors: Path                               # artefact of embed_images: the frozen model
-    attributes: Path | None = None              # artefact of label_attributes; None: a picture's label is its kind
-    adapter: Path | None = None                 # artefact of finetune_attribute_adapter; None: the frozen model alone
-    trained: Path | None = None                 # artefact of embed_images by the adapter's network, if that was trained
-    texts: Path | None = None                   # artefact of embed: products' texts, for an adapter that reads them
-    images: ImageTable | None = None            # pictures for the page; None: where the vectors were made from
-    split: GroupSplit | None = None             # None: the adapter's own, or the default shares
-    part: Literal["train", "valid", "test", "all"] = "test"
-    most_queries: int = Field(default=2000, ge=1)
-    most_pictures: int | None = Field(default=None, ge=2)   # of the catalogue; 5000 with 500 queries is quick
-    depth: int = Field(default=10, ge=1)
-    slices: tuple[str, ...] | None = None       # declared; None: each attribute and each of its values
-    margin: float = Field(default=0.03, ge=0)
-    min_units: int = Field(default=30, ge=2)
-    alpha: float = Field(default=0.05, gt=0, lt=1)
-    shown_slices: int = Field(default=12, ge=0)     # on the page, the weakest
-    shown_queries: int = Field(default=2, ge=1)     # of each
-    seed: int = 7
-    output: Path
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.texts is not None and self.adapter is None:
-            raise ValueError("texts are read by an adapter: give adapter, or leave texts out")
-        if self.trained is not None and self.adapter is None:
-            raise ValueError("trained: are vectors by an adapter's own network: give adapter, or leave them out")
-        return self
-
-
-@dataclass(frozen=True)
-class Task:
-    """Queries, and the vectors of each system in the order of the catalogue."""
-
-    name: str
-    queries: pa.Table                           # ATTRIBUTE_ROW
-    query_vectors: Mapping[str, Vectors]        # system -> (N_q, D)
-    catalogue: pa.Table
-    catalogue_vectors: Mapping[str, Vectors]
-
-    def top(self, system: str, places: npt.NDArray[np.int64], depth: int) -> npt.NDArray[np.int64]:
-        """What a system finds first for some queries, as places of the catalogue."""
-        return top_products(self.query_vectors[system][places], self.queries.take(pa.array(places)),
-                            self.catalogue_vectors[system], self.catalogue, depth)
 
 
 def evaluate_attributes(config: EvaluateAttributesConfig) -> Artifact:
@@ -123,8 +67,6 @@ def evaluate_attributes(config: EvaluateAttributesConfig) -> Artifact:
     figures = {task.name: _figures(task, config) for task in tasks}
     document = _document(config, tasks, figures, items)
     with stage(config.output.resolve(), KIND, key) as staging:
-        from recsys_ray.evaluation.attribute_gallery import attribute_page, gallery
-
         shown = gallery(config, tasks, figures, document, inputs["vectors"])
         entry = staging.write_table("per_query.parquet", _per_query(tasks, figures))
         write_text(staging.path / "metrics.json", json.dumps(document, indent=1, allow_nan=False) + "\n")
@@ -139,8 +81,6 @@ def evaluate_attributes(config: EvaluateAttributesConfig) -> Artifact:
 # --- what is compared -----------------------------------------------------------------------------
 def _items(config: EvaluateAttributesConfig, inputs: Mapping[str, Artifact]) -> Items:
     """The pictures of the part that is asked for."""
-    from recsys_ray.training.attribute_data import read_items, split_places
-
     items = read_items(inputs["vectors"], inputs.get("attributes"), inputs.get("texts"))
     found = aligned(items.vectors, items.rows, config.seed)
     if not found and len(items) >= FEWEST:
@@ -191,8 +131,6 @@ def _tasks(config: EvaluateAttributesConfig, inputs: Mapping[str, Artifact], ite
 
 def _same_pictures(items: Items, trained: Artifact) -> npt.NDArray[np.float32]:
     """The vectors of the items' pictures in another artefact, (N, D), in the items' order."""
-    from recsys_ray.training.attribute_data import matrix
-
     table = pa.concat_tables(trained.tables("vectors/", ["image_id", "vector"]))
     places = pc.index_in(items.image_ids, value_set=table["image_id"].combine_chunks())
     if places.null_count:

@@ -53,9 +53,9 @@ from recsys_ray.evaluation.concerns import (
     sheet_of_labels,
     sheet_of_table,
 )
+from recsys_ray.evaluation.evaluation_config import EvaluationConfig
 from recsys_ray.evaluation.significance import Resampling
 from recsys_ray.evaluation.summary import interval_text
-from recsys_ray.evaluation.tasks import EvaluationConfig
 
 log = logging.getLogger(__name__)
 

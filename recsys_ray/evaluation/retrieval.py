@@ -23,6 +23,7 @@ from pydantic import Field, field_validator, model_validator
 from recsys_ray.artifacts import Artifact, Manifest, find_artifact, open_artifact, sha256_of, stage, write_text
 from recsys_ray.config import fingerprint
 from recsys_ray.evaluation.baselines import ORACLE, POPULARITY, oracle_values, popularity_ranks
+from recsys_ray.evaluation.evaluation_config import EvaluationConfig
 from recsys_ray.evaluation.gate import GateConfig, decide, require
 from recsys_ray.evaluation.judgments import (
     JudgmentSource,
@@ -44,7 +45,6 @@ from recsys_ray.evaluation.significance import (
     mean_intervals,
     worst_decile,
 )
-from recsys_ray.evaluation.tasks import EvaluationConfig
 
 log = logging.getLogger(__name__)
 

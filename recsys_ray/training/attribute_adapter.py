@@ -24,12 +24,12 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from recsys_ray.config import Config, ConfigError, fingerprint
+from recsys_ray.data.attribute_items import ATTRIBUTES, Items, Pairs
 from recsys_ray.data.attribute_pair_data import GroupSplit
 from recsys_ray.evaluation.attributes import attribute_figures
 from recsys_ray.models.attribute_adapter import AdapterCard, AttributeAdapter, HeadConfig
 from recsys_ray.models.image_encoder import ImageEncoder
 from recsys_ray.runtime import RayConfig
-from recsys_ray.training.attribute_data import ATTRIBUTES, Items, Pairs
 from recsys_ray.training.attribute_gate import SliceGateConfig
 from recsys_ray.training.balanced_sampler import BalancedConfig, BalancedSampler
 from recsys_ray.training.bge import WorkersConfig

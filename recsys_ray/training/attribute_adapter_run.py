@@ -15,6 +15,7 @@ import pyarrow as pa
 from recsys_ray import runtime
 from recsys_ray.artifacts import Artifact, Staging, find_artifact, open_artifact, stage, write_text
 from recsys_ray.config import ConfigError
+from recsys_ray.data.attribute_items import Floats, Items, Pairs, halves, label_pairs, read_items, split_places
 from recsys_ray.data.attribute_pair_data import GroupSplit
 from recsys_ray.evaluation.gate import GateError
 from recsys_ray.models.attribute_adapter import KIND, AttributeAdapter, adapter_identity
@@ -26,7 +27,6 @@ from recsys_ray.training.attribute_adapter import (
     FinetuneAttributeAdapterConfig,
     build_task,
 )
-from recsys_ray.training.attribute_data import Floats, Items, Pairs, halves, label_pairs, read_items, split_places
 from recsys_ray.training.attribute_gate import SliceVerdicts, judge_slices, judge_texts, require_alignment
 from recsys_ray.training.clip_texts import clip_text_vectors
 from recsys_ray.training.distributed import rank

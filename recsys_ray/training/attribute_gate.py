@@ -17,9 +17,9 @@ import numpy.typing as npt
 from pydantic import Field
 
 from recsys_ray.config import Config, ConfigError
+from recsys_ray.data.attribute_items import Floats, Ints, Items
 from recsys_ray.evaluation.attributes import aligned, attribute_figures, chance_level
 from recsys_ray.evaluation.slice_gate import scoreboard
-from recsys_ray.training.attribute_data import Floats, Ints, Items
 
 log = logging.getLogger(__name__)
 

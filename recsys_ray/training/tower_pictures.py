@@ -12,10 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from recsys_ray.config import ConfigError
+from recsys_ray.data.attribute_items import Items
 from recsys_ray.data.image_files import ImageTable, chosen_images
 from recsys_ray.data.images import Pixels
 from recsys_ray.models.image_encoder import Framing, ImageEncoder
-from recsys_ray.training.attribute_data import Items
 
 log = logging.getLogger(__name__)
 

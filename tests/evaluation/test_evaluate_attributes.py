@@ -15,8 +15,9 @@ from PIL import Image
 
 from recsys_ray.artifacts import Artifact, stage
 from recsys_ray.config import Config
+from recsys_ray.evaluation.attribute_tasks import EvaluateAttributesConfig
 from recsys_ray.evaluation.attributes import AttributeMetricError
-from recsys_ray.evaluation.evaluate_attributes import EvaluateAttributesConfig, attribute_summary, evaluate_attributes
+from recsys_ray.evaluation.evaluate_attributes import attribute_summary, evaluate_attributes
 from recsys_ray.evaluation.tasks import EvaluationConfig
 from recsys_ray.models.attribute_adapter import AdapterCard, AttributeAdapter
 from recsys_ray.retrieval.embed_images import vector_schema

@@ -168,7 +168,7 @@ def test_the_task_chooses_the_family(tmp_path: Path) -> None:
     repo = Path(__file__).parents[2]
     assert isinstance(load_config(EvaluationConfig, repo / "configs/evaluate/concerns.yaml"), EvaluateConcernsConfig)
     assert isinstance(load_config(EvaluationConfig, repo / "configs/evaluate/demo.yaml"), EvaluateConfig)
-    with pytest.raises(ConfigError, match="no evaluation 'rankings'; there are retrieval, concerns"):
+    with pytest.raises(ConfigError, match="no evaluation 'rankings'; there are attributes, concerns, retrieval"):
         load_config(EvaluationConfig, config(tmp_path, "task: rankings"))
     with pytest.raises(ConfigError, match=r"lables: unknown key; did you mean 'labels'"):
         load_config(EvaluationConfig, config(tmp_path, "{task: concerns, name: x, lables: a, labels: a, output: b}"))

@@ -16,6 +16,7 @@ from curves import assert_same_curve, curve
 
 from recsys_ray.artifacts import Artifact, stage
 from recsys_ray.config import Config
+from recsys_ray.data.attribute_items import Items, Pairs, halves, label_pairs, split_places
 from recsys_ray.data.attribute_pair_data import GroupSplit
 from recsys_ray.evaluation.gate import GateError
 from recsys_ray.models.attribute_adapter import AttributeAdapter
@@ -23,7 +24,6 @@ from recsys_ray.retrieval.embed_images import vector_schema
 from recsys_ray.schema import ATTRIBUTE_PAIR, ATTRIBUTE_ROW, embedding_schema
 from recsys_ray.training.attribute_adapter import AdapterData, FinetuneAttributeAdapterConfig, build_task
 from recsys_ray.training.attribute_adapter_run import finetune_attribute_adapter, finetune_here
-from recsys_ray.training.attribute_data import Items, Pairs, halves, label_pairs, split_places
 
 REPO = Path(__file__).resolve().parents[2]
 WIDTH, TEXT = 12, 5

@@ -12,11 +12,11 @@ import torch
 
 from recsys_ray.artifacts import Artifact, stage
 from recsys_ray.config import Config, ConfigError
+from recsys_ray.data.attribute_items import text_vectors
 from recsys_ray.models.attribute_adapter import AdapterCard, AttributeAdapter, ImageTowerConfig, load_image_tower
 from recsys_ray.models.image_encoder import ImageEncoder, ImageEncoderConfig
 from recsys_ray.retrieval.embed_images import embed_rows
 from recsys_ray.schema import IMAGE, PRODUCT_TEXT, conform
-from recsys_ray.training.attribute_data import text_vectors
 from recsys_ray.training.clip_texts import ClipTexts, clip_text_vectors
 
 ARCHITECTURE = "tiny-adapter-clip"

@@ -22,6 +22,7 @@ from torch import nn
 
 from recsys_ray.artifacts import Artifact, open_artifact, stage
 from recsys_ray.config import ConfigError
+from recsys_ray.data.attribute_items import Items, label_pairs
 from recsys_ray.data.image_files import ImageTable, chosen_images
 from recsys_ray.models.attribute_adapter import AttributeAdapter, ImageTowerConfig, load_image_tower
 from recsys_ray.models.image_encoder import (
@@ -43,7 +44,6 @@ from recsys_ray.training.attribute_adapter import (
     build_task,
 )
 from recsys_ray.training.attribute_adapter_run import finetune_here
-from recsys_ray.training.attribute_data import Items, label_pairs
 from recsys_ray.training.tower import TowerConfig, TowerLora, TowerPass, TrainedTower, add_low_rank, merge_low_rank
 from recsys_ray.training.tower_pictures import Pictures
 
