@@ -162,7 +162,10 @@ def find_artifact(root: str | Path, kind: str, fingerprint: str) -> Artifact | N
     if current_version(Path(root)) is None:
         return None
     artifact = open_artifact(root, kind)
-    return artifact if artifact.manifest.fingerprint == fingerprint else None
+    if artifact.manifest.fingerprint != fingerprint:
+        return None
+    log.info("%s is there already", artifact.manifest.reference)
+    return artifact
 
 
 def current_version(root: Path) -> str | None:

@@ -7,7 +7,6 @@ nothing, is set aside with the reason.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -27,8 +26,6 @@ from recsys_ray.data.product_groups import GroupConfig, find_groups
 from recsys_ray.data.rule_files import PACKAGED
 from recsys_ray.data.sources import load_rows, table_states
 from recsys_ray.schema import ATTRIBUTE_ROW, PRODUCT, QUARANTINE
-
-log = logging.getLogger(__name__)
 
 KIND = "attributes"
 IMAGES_KIND = "image_vectors"       # of the embed_images job
@@ -103,7 +100,6 @@ def label_attributes(config: LabelAttributesConfig) -> Artifact:
         "rules": schema.digest, "products": config.products.states(),
         "parents": {name: one.fingerprint for name, one in parents.items()}})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     reader = AttributeReader(schema)
     products, values, quarantine = _read(config, reader)

@@ -85,7 +85,6 @@ def make_attribute_pairs(config: MakeAttributePairsConfig) -> Artifact:
     key = fingerprint({"stage": STAGE_VERSION, "options": config.model_dump(mode="json", exclude={"output"}),
                        "parents": {name: one.fingerprint for name, one in parents.items()}})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     vectors = None if vectors_of is None else product_vectors(vectors_of, rows["product_id"].to_pylist())
     tables, facts = _pairs(config, rows, vectors)

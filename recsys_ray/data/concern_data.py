@@ -81,7 +81,6 @@ def label_concerns(config: LabelConcernsConfig) -> Artifact:
         "rules": book.digest, "products": config.products.states(), "labels": _states(config.labels),
         "parents": {name: one.fingerprint for name, one in parents.items()}})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     products, labels, quarantine, book = _labelled(config, book)
     labels, products = _split(labels, products, config.split)

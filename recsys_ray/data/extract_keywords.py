@@ -91,7 +91,6 @@ def extract_keywords(config: ExtractKeywordsConfig) -> Artifact:
                        "prompt": PROMPT_VERSION, "llm": config.llm.asked() if config.llm else "offline"})
     done = find_artifact(output, KIND, key)
     if done is not None and not done.manifest.facts["counts"].get("without an answer"):
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
         plan = Plan(prepared=str(prepared_root), version=prepared.manifest.version, staging=str(staging.path),

@@ -47,7 +47,6 @@ def ground_attributes(config: GroundAttributesConfig) -> Artifact:
     key = fingerprint({"stage": STAGE_VERSION, "attributes": attributes.manifest.fingerprint, "sample": config.sample,
                        "seed": config.seed, "completed": completed})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     facts: Row = {"step": "sample", "sample": min(config.sample, rows.num_rows)}
     if completed is None:

@@ -103,9 +103,7 @@ def prepare(config: PrepareConfig) -> Artifact:
     options = config.model_dump(mode="json", exclude={"output", "ray", "keywords"})
     identity = fingerprint({"options": options, "code": STAGE_VERSION, "files": file_states(config.source, tables),
                             "keywords": stored and content_of(stored)})
-    done = find_artifact(config.output, KIND, identity)
-    if done is not None:
-        log.info("prepared data is up to date: %s", done.manifest.version)
+    if (done := find_artifact(config.output, KIND, identity)) is not None:
         return done
     root = config.output.resolve()
     with runtime.connected(config.ray), stage(root, KIND, identity) as staging:

@@ -208,7 +208,6 @@ def write_copy(config: WriteCopyConfig) -> Artifact | None:
                        "max_chars": config.max_chars, "max_products": config.max_products})
     done = find_artifact(config.output, KIND, key)
     if done is not None and not done.manifest.facts["counts"].get("unavailable"):
-        log.info("%s is up to date", done.manifest.reference)
         return done
     kept = _kept(config.output)
     ask, check = LlmClient(config.llm).ask, CopyCheck()

@@ -142,7 +142,6 @@ def make_reranker_pairs(config: MakeRerankerPairsConfig) -> Artifact:
         "judged": digest(judged), "mined": mined.digest(), "eligible": fingerprint(sorted(_eligible(config) or ())),
         "prepared": config.judged and open_artifact(config.judged.prepared, "prepared").manifest.fingerprint})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(config.output, KIND, key) as staging, runtime.connected(config.ray):
         if config.source is None:

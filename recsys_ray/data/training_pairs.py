@@ -78,7 +78,6 @@ def make_pairs(config: MakePairsConfig) -> Artifact:
                        "options": options.model_dump(mode="json"), "judged": digest(judged),
                        "judged_options": config.judged.model_dump(mode="json") if config.judged else None})
     if (done := find_artifact(output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
         job = PairJob(str(prepared_root), prepared.manifest.version, str(staging.path), options)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,8 +35,6 @@ from recsys_ray.evaluation.attributes import (
 )
 from recsys_ray.evaluation.slice_gate import scoreboard
 
-log = logging.getLogger(__name__)
-
 KIND = "attribute_evaluation"
 ADAPTER_KIND = "attribute_adapter"  # of the finetune_attribute_adapter job
 CODE_VERSION = 1                    # raise it when the figures of an unchanged input change
@@ -60,7 +57,6 @@ def evaluate_attributes(config: EvaluateAttributesConfig) -> Artifact:
                        "parents": {name: f"{one.manifest.fingerprint} {one.manifest.version}"
                                    for name, one in inputs.items()}})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     items = _items(config, inputs)
     tasks = _tasks(config, inputs, items)

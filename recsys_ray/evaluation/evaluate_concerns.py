@@ -110,7 +110,6 @@ def evaluate_concerns(config: EvaluateConcernsConfig) -> Artifact:
                        "files": [sha256_of(path) for path in files if path.is_file()],
                        "parents": {name: one.fingerprint for name, one in parents.items()}})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     document, rows = _measured(config, labels)
     with stage(config.output.resolve(), KIND, key) as staging:

@@ -52,7 +52,6 @@ def evaluate_ranking(config: EvaluateRankingConfig) -> Artifact:
     key = fingerprint({"code": CODE_VERSION, "scores": sha256_of(path),
                        "config": config.model_dump(mode="json", exclude={"scores", "output"})})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     pairs = scored_pairs(pq.ParquetFile(path, page_checksum_verification=True).read(), config.systems, config.seed)
     if config.baseline not in pairs.scores:

@@ -76,7 +76,6 @@ def explain_concerns(config: ExplainConcernsConfig) -> Artifact:
         "products": config.products.states(),
         "parents": {name: one.fingerprint for name, one in config.products.parents().items()}})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     products, _ = read_concern_products(config.products, Labeller(book), config.kinds_only)
     rows = [row for row in products.to_pylist() if row["ingredients"]]

@@ -126,7 +126,6 @@ def score_concerns(config: ScoreConcernsConfig) -> Artifact:
         "rules": load_rules(config.products.rules).digest,
         "files": file_states(source, ("products",)) if prepared is None else prepared.manifest.reference})
     if (done := find_artifact(output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     work = () if prepared else tuple((piece, recipe) for recipe in recipes(source, "products")
                                      for file in recipe.files for piece in pieces_of(file, PIECE_BYTES))

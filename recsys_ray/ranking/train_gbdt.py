@@ -105,7 +105,6 @@ def train_gbdt(config: TrainGbdtConfig) -> Artifact:
         "config": config.model_dump(mode="json", exclude=away)})
     output = config.output.resolve()
     if (done := find_artifact(output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging:
         period = _Period(config, index, prepared, Reranker(config.rerank))

@@ -79,7 +79,6 @@ def train_recommenders(config: TrainRecommendersConfig) -> Artifact:
     key = fingerprint({"stage": STAGE_VERSION, "source": source.manifest.fingerprint, "config": settings,
                        "histories": config.histories.model_dump(mode="json", exclude={"path"})})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(config.output, KIND, key) as staging:
         fitted, facts = fit_all(histories, config)

@@ -101,7 +101,6 @@ def retrieve_candidates(config: RetrieveConfig) -> Artifact:
         "filters": config.filters.model_dump(mode="json"), "top_k": config.top_k,
         "queries_per_file": config.queries_per_file})
     if (done := find_artifact(output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
         return _run(config, index, identity, staging, query_set, {"index": index.manifest, **parents})

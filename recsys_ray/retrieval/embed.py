@@ -120,7 +120,6 @@ def embed_products(config: EmbedConfig) -> Artifact:
               "encoder": config.encoder.model_dump(mode="json"), "unit_rows": config.unit_rows}
     key = fingerprint(inputs)
     if (done := find_artifact(output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
         job = _Job(str(prepared_root), prepared.manifest.version, str(output),

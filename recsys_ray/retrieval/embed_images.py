@@ -75,7 +75,6 @@ def embed_images(config: EmbedImagesConfig) -> Artifact:
                        "images": config.images.model_dump(mode="json", exclude={"path"}),
                        "files": [[file.path, file.size, file.state] for file in recipe.files]})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     work = image_pieces(config.images)
     images = config.images if "://" in config.images.root else config.images.replace(

@@ -103,7 +103,6 @@ def build_hybrid(config: BuildHybridConfig) -> Artifact:
                        "judged": _judged(config.tune), **config.model_dump(mode="json", exclude={"index", "images",
                                                                                                 "output"})})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     encoders = {"text": parents["index"].facts["encoder"]}
     tower = None if config.tower is None else load_image_tower(config.tower)

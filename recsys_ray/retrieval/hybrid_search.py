@@ -221,7 +221,6 @@ def _answer_all(config: SearchProductsConfig, queries: TableQueries, searcher: H
     key = fingerprint({"stage": STAGE_VERSION, "index": parent.fingerprint, "files": table_states(queries.path),
                        **asked})
     if (done := find_artifact(config.output, "candidates", key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     table = table_query_set(queries).queries
     weights = config.weights or searcher.index.text_weights

@@ -120,7 +120,6 @@ def mine_negatives(config: MineNegativesConfig) -> Artifact:
     key = fingerprint({"stage": STAGE_VERSION, "pairs": pairs.manifest.fingerprint, "encoder": identity,
                        "index": index.manifest.fingerprint, "options": options})
     if (done := find_artifact(output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging, runtime.connected(config.ray):
         return _run(config, pairs, index, prepared, identity, staging)

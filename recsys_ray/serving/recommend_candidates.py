@@ -65,7 +65,6 @@ def recommend_candidates(config: RecommendCandidatesConfig) -> Artifact:
         "config": config.model_dump(mode="json", exclude={"index", "recommender", "histories", "output"})})
     output = config.output.resolve()
     if (done := find_artifact(output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(output, KIND, key) as staging:
         asked = histories.asked[config.split].drawn(config.max_users, config.seed)

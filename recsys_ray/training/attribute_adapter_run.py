@@ -75,7 +75,6 @@ def _finetune(given: FinetuneAttributeAdapterConfig, report: Report | None) -> A
         config = config.replace(embeddings=root, clip_texts=None)
     key = config.key({name: f"{one.manifest.fingerprint} {one.manifest.version}" for name, one in inputs.items()})
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     if config.tower is not None:
         config = config.replace(tower=config.tower.completed(inputs["vectors"].manifest.config, config.workers.gpus))

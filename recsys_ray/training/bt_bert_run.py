@@ -25,8 +25,6 @@ from recsys_ray.training.loop import Loop, Progress, Report, RunFiles, best_weig
 from recsys_ray.training.model_card import bt_bert_card
 from recsys_ray.training.trackers import read_curve
 
-log = logging.getLogger(__name__)
-
 
 def finetune_bt_bert(config: FinetuneBtBertConfig) -> Artifact:
     """The `bt_bert` artefact: bt_bert/ (an ordinary Transformers folder with a head), metrics.jsonl (the curve).
@@ -52,7 +50,6 @@ def _finetune(given: FinetuneBtBertConfig, report: Report | None) -> Artifact:
     concerns_of(labels, config.concerns)    # a name that nobody labelled is an error before any worker starts
     key = config.key(fingerprint([labels.manifest.fingerprint, labels.manifest.version]))
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(config.output, KIND, key) as staging:
         if config.workers.count == 0:

@@ -23,8 +23,6 @@ from recsys_ray.training.reranker_groups import KIND as PAIRS_KIND
 from recsys_ray.training.reranker_groups import read_groups
 from recsys_ray.training.trackers import read_curve
 
-log = logging.getLogger(__name__)
-
 
 def finetune_cross_encoder(config: FinetuneCrossEncoderConfig) -> Artifact:
     """The `cross_encoder` artefact: cross_encoder/ (sentence_transformers.CrossEncoder loads it), metrics.jsonl.
@@ -48,7 +46,6 @@ def _finetune(given: FinetuneCrossEncoderConfig, report: Report | None) -> Artif
     pairs = open_artifact(config.pairs, PAIRS_KIND)
     key = config.key(fingerprint([pairs.manifest.fingerprint, pairs.manifest.version]))
     if (done := find_artifact(config.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(config.output, KIND, key) as staging:
         if config.workers.count == 0:

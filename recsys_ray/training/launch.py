@@ -77,7 +77,6 @@ def _finetune(given: FinetuneBgeConfig, report: Report | None) -> Artifact:
     shards = _tokenised(config, pairs)
     output, key = config.output, config.key(shards.manifest.fingerprint)
     if (done := find_artifact(output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     guide = None if config.guide is None else guide_vectors(config, pairs)
     with stage(output, KIND, key) as staging:

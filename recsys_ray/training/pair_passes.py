@@ -104,7 +104,6 @@ def score_pairs(config: ScorePairsConfig) -> Artifact:
     pairs, root = open_artifact(config.pairs, PAIRS_KIND), config.output
     key = config.key(pairs)
     if (done := find_artifact(root, PAIRS_KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     teacher.require_negatives(pairs)
     with stage(root, PAIRS_KIND, key) as staging, runtime.connected(config.ray) if config.workers else nullcontext():

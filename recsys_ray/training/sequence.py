@@ -77,7 +77,6 @@ def finetune_sequence(config: FinetuneSequenceConfig) -> Artifact:
                        "histories": here.histories.model_dump(mode="json", exclude={"path"}),
                        "config": here.model_dump(mode="json", exclude=away)})
     if (done := find_artifact(here.output, KIND, key)) is not None:
-        log.info("%s is up to date", done.manifest.reference)
         return done
     with stage(here.output, KIND, key) as staging:
         settings = {"config": here.model_dump(mode="json"), "staging": str(staging.path), "key": key}
