@@ -30,7 +30,7 @@ from recsys_ray.training.attribute_adapter import (
 from recsys_ray.training.attribute_gate import SliceVerdicts, judge_slices, judge_texts, require_alignment
 from recsys_ray.training.clip_texts import clip_text_vectors
 from recsys_ray.training.distributed import rank
-from recsys_ray.training.encoder_run import RESULT, log_outcome, model_files, parameters_of, use_threads, write_model
+from recsys_ray.training.encoder_run import RESULT, model_files, outcome, parameters_of, use_threads, write_model
 from recsys_ray.training.launch import run_workers
 from recsys_ray.training.loop import Loop, Progress, Report, RunFiles, best_weights
 from recsys_ray.training.model_card import adapter_card
@@ -172,16 +172,10 @@ def _publish(config: FinetuneAttributeAdapterConfig, given: FinetuneAttributeAda
     _require(verdicts, config)
     boards = {"pictures": verdicts.board, "texts": _texts(config, adapter, judged, adapted)}
     write_text(staging.path / SCOREBOARD, json.dumps(boards, indent=1, allow_nan=False) + "\n")
-    steps = values["step"]
-    facts = {
-        "adapter": adapter_identity(str(staging.path / KIND)), "steps": steps, "objective": OBJECTIVE,
-        "best_step": values["best_step"] if values["best_value"] is not None else steps,
-        "best_value": values["best_value"], "base_value": values["base_value"], "stopped_early": values["stopped"],
-        "learning_rate": config.optim.learning_rate, "seed": config.seed, "pictures": values["pictures"],
-        "pairs": values["pairs"], "cpu_seconds": values["cpu_seconds"],
+    facts = outcome(config, values, OBJECTIVE) | {
+        "adapter": adapter_identity(str(staging.path / KIND)), "pictures": values["pictures"], "pairs": values["pairs"],
         "tower": None if config.tower is None else config.tower.train,
         "slices": verdicts.as_dict(), "forced": config.force and bool(verdicts.names("worse"))}
-    log_outcome(facts)
     return staging.commit([*model_files(staging, KIND), staging.entry(SCOREBOARD)], config=given, facts=facts,
                           parents={name: one.manifest for name, one in inputs.items()})
 

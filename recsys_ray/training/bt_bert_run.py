@@ -19,7 +19,7 @@ from recsys_ray.training.bt_bert import OBJECTIVE, BtBertTask, FinetuneBtBertCon
 from recsys_ray.training.calibration import calibrate
 from recsys_ray.training.concern_pairs import concerns_of, read_pairs
 from recsys_ray.training.distributed import rank
-from recsys_ray.training.encoder_run import RESULT, log_outcome, model_files, parameters_of, use_threads, write_model
+from recsys_ray.training.encoder_run import RESULT, model_files, outcome, parameters_of, use_threads, write_model
 from recsys_ray.training.launch import run_workers
 from recsys_ray.training.loop import Loop, Progress, Report, RunFiles, best_weights
 from recsys_ray.training.model_card import bt_bert_card
@@ -120,14 +120,8 @@ def old_and_new(curve: Sequence[Mapping[str, Any]], known: Sequence[str], best_s
 
 def _publish(config: FinetuneBtBertConfig, staging: Staging, labels: Artifact) -> Artifact:
     values: dict[str, Any] = json.loads((staging.path / RESULT).read_bytes())
-    steps = values["step"]
-    facts = {
+    facts = outcome(config, values, OBJECTIVE) | {
         "bt_bert": bt_bert_identity(BtBertConfig(model=str(staging.path / KIND))), "base": values["base"],
-        "base_model": config.model, "mode": config.mode, "steps": steps, "best_value": values["best_value"],
-        "base_value": values["base_value"], "objective": OBJECTIVE, "stopped_early": values["stopped"],
-        "best_step": values["best_step"] if values["best_value"] is not None else steps,
-        "learning_rate": config.optim.learning_rate, "seed": config.seed, "products": values["products"],
-        "pairs": values["pairs"], "old_and_new": values["old_and_new"],
-        "tokens": values["sums"].get("tokens", 0.0), "cpu_seconds": values["cpu_seconds"]}
-    log_outcome(facts)
+        "base_model": config.model, "mode": config.mode, "products": values["products"], "pairs": values["pairs"],
+        "old_and_new": values["old_and_new"], "tokens": values["sums"].get("tokens", 0.0)}
     return staging.commit(model_files(staging, KIND), config=config, parents={"labels": labels.manifest}, facts=facts)

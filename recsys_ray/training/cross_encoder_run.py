@@ -15,7 +15,7 @@ from recsys_ray.models.cross_encoder import CrossEncoderConfig, cross_encoder_id
 from recsys_ray.models.sentence_layout import CROSS_ENCODER_KIND as KIND
 from recsys_ray.training.cross_encoder import CrossEncoderTask, FinetuneCrossEncoderConfig, build_task
 from recsys_ray.training.distributed import rank
-from recsys_ray.training.encoder_run import RESULT, log_outcome, model_files, parameters_of, use_threads, write_model
+from recsys_ray.training.encoder_run import RESULT, model_files, outcome, parameters_of, use_threads, write_model
 from recsys_ray.training.launch import run_workers
 from recsys_ray.training.loop import Loop, Progress, Report, RunFiles, best_weights
 from recsys_ray.training.model_card import reranker_card
@@ -88,15 +88,9 @@ def _write(config: FinetuneCrossEncoderConfig, task: CrossEncoderTask, files: Ru
 
 def _publish(config: FinetuneCrossEncoderConfig, staging: Staging, pairs: Artifact) -> Artifact:
     values: dict[str, Any] = json.loads((staging.path / RESULT).read_bytes())
-    steps = values["step"]
     scorer = CrossEncoderConfig(model=str(staging.path / KIND), device="cpu", max_chars=config.max_chars)
-    facts = {
+    facts = outcome(config, values, config.validation.objective) | {
         "cross_encoder": cross_encoder_identity(scorer), "base": values["base"], "base_model": config.model,
-        "loss": config.loss, "steps": steps, "best_value": values["best_value"], "base_value": values["base_value"],
-        "best_step": values["best_step"] if values["best_value"] is not None else steps,
-        "objective": config.validation.objective, "stopped_early": values["stopped"],
-        "learning_rate": config.optim.learning_rate, "seed": config.seed,
-        "pairs": {"train": values["train_pairs"], "valid": values["valid_pairs"]}, "lists": values["train_groups"],
-        "tokens": values["sums"].get("tokens", 0.0), "cpu_seconds": values["cpu_seconds"]}
-    log_outcome(facts)
+        "loss": config.loss, "lists": values["train_groups"], "tokens": values["sums"].get("tokens", 0.0),
+        "pairs": {"train": values["train_pairs"], "valid": values["valid_pairs"]}}
     return staging.commit(model_files(staging, KIND), config=config, parents={"pairs": pairs.manifest}, facts=facts)

@@ -94,27 +94,27 @@ def publish(config: FinetuneBgeConfig, staging: Staging, parents: Mapping[str, M
     """Commit what the first worker wrote as a version of the `encoder` artefact."""
     values: dict[str, Any] = json.loads((staging.path / RESULT).read_bytes())
     steps, shares = values["step"], values["sums"]
-    facts = {
+    facts = outcome(config, values, config.validation.objective) | {
         "encoder": encoder_identity(config.encoder.replace(model=str(staging.path / FOLDER))),
-        "base": values["base"], "base_model": config.encoder.model, "steps": steps,
-        "best_step": values["best_step"] if values["best_value"] is not None else steps,
-        "best_value": values["best_value"], "base_value": values["base_value"],
-        "objective": config.validation.objective, "stopped_early": values["stopped"],
-        "learning_rate": config.optim.learning_rate, "seed": config.seed,
+        "base": values["base"], "base_model": config.encoder.model,
         "false_negative_share": shares.get("false_negative_share", 0.0) / max(1, steps),
         "masked_share": shares.get("masked_share", 0.0) / max(1, steps),
-        "mask_same_product": config.contrastive.mask_same_product, "cpu_seconds": values["cpu_seconds"],
+        "mask_same_product": config.contrastive.mask_same_product,
         "pairs": {"train": values["train_pairs"], "valid": values["valid_pairs"]},
         "copied_token_gap": parents["pairs"].facts.get("copied_token_gap"),
     }
-    log_outcome(facts)
     return staging.commit(model_files(staging, FOLDER), config=config, parents=parents, facts=facts)
 
 
-def log_outcome(facts: Mapping[str, Any]) -> None:
-    """Say in one line how far a run came."""
-    log.info("%d steps, best %s %s at step %d, %s at the start", facts["steps"], facts["objective"],
-             _figure(facts["best_value"]), facts["best_step"], _figure(facts["base_value"]))
+def outcome(config: LoopConfig, values: Mapping[str, Any], objective: str) -> dict[str, Any]:
+    """What the facts of every fine-tuning say of how far it came, of the values that `write_model` wrote."""
+    best, steps = values["best_value"], values["step"]
+    best_step = steps if best is None else values["best_step"]
+    log.info("%d steps, best %s %s at step %d, %s at the start", steps, objective, _figure(best), best_step,
+             _figure(values["base_value"]))
+    return {"steps": steps, "objective": objective, "best_step": best_step, "best_value": best,
+            "base_value": values["base_value"], "stopped_early": values["stopped"], "seed": config.seed,
+            "learning_rate": config.optim.learning_rate, "cpu_seconds": values["cpu_seconds"]}
 
 
 def _figure(value: float | None) -> str:
