@@ -15,6 +15,7 @@ from recsys_ray.data.attribute_schema import NAMES
 from recsys_ray.data.attributes import AttributeReader, is_graphic, value_of
 from recsys_ray.data.product_groups import Groups, group_members
 from recsys_ray.data.proportions import wilson
+from recsys_ray.pages import render_page
 
 UNKNOWN = 15            # contents of fields shown that no value knows
 EXAMPLES = 3            # of each attribute
@@ -144,8 +145,4 @@ def safe_cell(text: str | None) -> str:
 
 def attribute_page(audit: Mapping[str, Any]) -> str:
     """The audit as one HTML page that needs nothing else; every text is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("recsys_ray.data"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("attribute_audit.html").render(audit=audit, names=NAMES)
+    return render_page(__name__, "attribute_audit.html", audit=audit, names=NAMES)

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from recsys_ray.data.concern_rulebook import Rulebook, ingredient_id, kind_id
 from recsys_ray.data.concerns import Mode, targets
 from recsys_ray.data.splits import SPLITS
+from recsys_ray.pages import render_page
 
 EXAMPLES = 4            # of each concern
 CONFLICTS = 25          # shown; all are counted
@@ -119,8 +120,4 @@ def _shown(row: Row, product: Row) -> Row:
 
 def audit_page(audit: Mapping[str, Any]) -> str:
     """The audit as one HTML page that needs nothing else; every text is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("recsys_ray.data"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("concern_audit.html").render(audit=audit, splits=SPLITS)
+    return render_page(__name__, "concern_audit.html", audit=audit, splits=SPLITS)

@@ -20,6 +20,7 @@ import pyarrow as pa
 from recsys_ray.data.attribute_audit import safe_cell
 from recsys_ray.data.attribute_schema import NAMES
 from recsys_ray.data.proportions import Share, weighted_share
+from recsys_ray.pages import render_page
 
 VERDICTS = ("right", "wrong", "other", "unsure")
 WANTED = 0.9            # share right from which an attribute may be trained on
@@ -241,8 +242,4 @@ def _value_advice(missed: Counter[tuple[str, str]], values: Mapping[str, Sequenc
 
 def grounding_page(found: Mapping[str, Any]) -> str:
     """The analysis as one HTML page that needs nothing else; every text is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("recsys_ray.data"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("grounding.html").render(found=found)
+    return render_page(__name__, "grounding.html", found=found)

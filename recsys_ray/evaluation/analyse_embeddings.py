@@ -23,6 +23,7 @@ from recsys_ray.evaluation.embedding_analysis import (
     drift,
 )
 from recsys_ray.evaluation.plots import histogram
+from recsys_ray.pages import render_page
 from recsys_ray.retrieval.vector_tables import VectorTable, read_vectors
 
 log = logging.getLogger(__name__)
@@ -109,19 +110,14 @@ def _before(config: AnalyseConfig, after: VectorTable) -> VectorTable | None:
 
 def page(document: dict[str, Any], analyser: EmbeddingAnalyser, pairs: pa.Table, change: Drift | None) -> str:
     """The analysis as one HTML page that needs nothing else."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(loader=PackageLoader("recsys_ray.evaluation"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    environment.filters["svg"] = Markup
     figures = [
         {"title": "Random pairs", "svg": histogram(analyser.similarities(), "cosine", "Cosines of random pairs"),
          "caption": "A good space is wide: most pairs have little to do with each other."},
         {"title": "Hubs", "svg": histogram(analyser.occurrences().astype(float), f"times among the "
                                            f"{analyser.options.k} nearest of others", "How often each is a neighbour"),
          "caption": "A long tail to the right: few vectors are everybody's neighbour, and many are nobody's."}]
-    return environment.get_template("embedding_analysis.html").render(
-        document=document, figures=figures, pairs=pairs.slice(0, SHOWN_PAIRS).to_pylist(), pair_count=len(pairs),
+    return render_page(
+        __name__, "embedding_analysis.html", document=document,
+        figures=figures, pairs=pairs.slice(0, SHOWN_PAIRS).to_pylist(), pair_count=len(pairs),
         change=change)
 

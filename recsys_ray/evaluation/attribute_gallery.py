@@ -18,6 +18,7 @@ from recsys_ray.data.attribute_schema import NAMES
 from recsys_ray.data.attributes import value_of
 from recsys_ray.data.image_files import ImageTable, chosen_images
 from recsys_ray.evaluation.attribute_tasks import EvaluateAttributesConfig, Task
+from recsys_ray.pages import render_page
 
 SIDE = 112          # of a picture on the page
 Row = dict[str, Any]
@@ -115,8 +116,4 @@ def _small(picture: Image.Image) -> str:
 
 def attribute_page(document: Mapping[str, Any], shown: Sequence[Row]) -> str:
     """The metrics.json of an attribute evaluation with its gallery, as one HTML page that needs nothing else."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("recsys_ray.evaluation"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("attribute_evaluation.html").render(document=document, gallery=shown)
+    return render_page(__name__, "attribute_evaluation.html", document=document, gallery=shown)

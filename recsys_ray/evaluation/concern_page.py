@@ -10,20 +10,16 @@ import pyarrow as pa
 
 from recsys_ray.evaluation import concern_plots
 from recsys_ray.evaluation.concerns import MACRO, METRICS
+from recsys_ray.pages import render_page
 
 
 def concern_page(document: Mapping[str, Any], rows: pa.Table) -> str:
     """The metrics.json of a concern evaluation, with its rows, as one HTML page that needs nothing else."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(loader=PackageLoader("recsys_ray.evaluation"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    environment.filters["svg"] = Markup
     means = {(row["system"], row["concern"], row["metric"]): row for row in document["means"]}
     held = document["held_out"]
-    return environment.get_template("concern_evaluation.html").render(
-        document=document, means=means, macro=MACRO, metrics=list(METRICS), figures=concern_figures(document, rows),
+    return render_page(
+        __name__, "concern_evaluation.html", document=document, means=means,
+        macro=MACRO, metrics=list(METRICS), figures=concern_figures(document, rows),
         held={(row["system"], row["concern"], row["metric"]): row for row in held["means"]} if held else None)
 
 

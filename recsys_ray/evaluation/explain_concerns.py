@@ -33,6 +33,7 @@ from recsys_ray.models.bt_bert import KIND as MODEL_KIND
 from recsys_ray.models.bt_bert import Concern
 from recsys_ray.models.bt_bert_scorer import BtBertConfig, BtBertScorer, bt_bert_identity
 from recsys_ray.models.sentence_layout import find_model
+from recsys_ray.pages import render_page
 
 log = logging.getLogger(__name__)
 
@@ -134,13 +135,9 @@ def _table(answers: list[Row], top: int) -> pa.Table:
 
 
 def _page(answers: list[Row]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(loader=PackageLoader("recsys_ray.evaluation"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("concern_explanations.html").render(
-        answers=[{**one, "rows": [{"method": method, "cells": _cells(one["ingredients"], np.array(weights))}
-                                  for method, weights in one["weights"].items()]} for one in answers], methods=METHODS)
+    shown = [{**one, "rows": [{"method": method, "cells": _cells(one["ingredients"], np.array(weights))}
+                              for method, weights in one["weights"].items()]} for one in answers]
+    return render_page(__name__, "concern_explanations.html", methods=METHODS, answers=shown)
 
 
 def _cells(ingredients: list[str], weights: Floats) -> list[Row]:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from recsys_ray.evaluation import plots
+from recsys_ray.pages import render_page
 
 Floats = npt.NDArray[np.float32]
 SHOWN = 20          # features of a figure
@@ -63,11 +64,5 @@ def explanation_figures(document: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def explanation_page(title: str, document: Mapping[str, Any]) -> str:
     """The figures and the table of families as a page of their own."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(loader=PackageLoader("recsys_ray.evaluation"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    environment.filters["svg"] = Markup
     ranker = {"document": document, "figures": explanation_figures(document)}
-    return environment.get_template("ranker.html").render(title=title, ranker=ranker)
+    return render_page(__name__, "ranker.html", title=title, ranker=ranker)

@@ -26,6 +26,7 @@ from recsys_ray.evaluation.examples import example_rows
 from recsys_ray.evaluation.lineage import lineage, lineage_svg, lineage_table
 from recsys_ray.evaluation.ranker_figures import explanation_figures
 from recsys_ray.evaluation.retrieval import read_evaluation
+from recsys_ray.pages import render_page
 
 log = logging.getLogger(__name__)
 
@@ -230,29 +231,5 @@ def _point(row: Mapping[str, Any]) -> tuple[float, float, float]:
 def render(report: Mapping[str, Any], figures: Mapping[str, Any], artefacts: list[dict[str, Any]],
            config: ReportConfig) -> str:
     """The page as HTML text; everything but our own SVG is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(loader=PackageLoader("recsys_ray.evaluation"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"svg": Markup, "figure": _figure, "price": _price, "score": _score}
-    return environment.get_template("report.html").render(
-        report=report, figures=figures, artefacts=artefacts, config=config.to_yaml())
-
-
-def _figure(value: float | int | None) -> str:
-    """A number for people: 12,345 or 0.571; a dash for none."""
-    if value is None:
-        return "-"
-    if isinstance(value, int) or float(value).is_integer():
-        return f"{int(value):,}"
-    return f"{value:,.1f}" if abs(value) >= 100 else f"{value:.3f}"
-
-
-def _score(value: float | None) -> str:
-    """A metric's value with three decimals; a dash for none."""
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _price(cents: int | None) -> str:
-    return "" if cents is None else f"{cents / 100:,.2f}"
+    return render_page(
+        __name__, "report.html", report=report, figures=figures, artefacts=artefacts, config=config.to_yaml())

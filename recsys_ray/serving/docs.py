@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from recsys_ray.pages import render_page
 
 # The page holds its own style and script, and may call this service; it can fetch nothing else.
 PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
@@ -13,12 +13,10 @@ PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsaf
 
 def docs_page(document: dict[str, Any]) -> str:
     """The HTML page of an OpenAPI document: every operation with its fields, answers and requests to send."""
-    environment = Environment(loader=PackageLoader("recsys_ray.serving"), autoescape=True, undefined=StrictUndefined,
-                              trim_blocks=True, lstrip_blocks=True)
     schemas = document["components"]["schemas"]
     operations = [_operation(method, path, operation, schemas)
                   for path, methods in document["paths"].items() for method, operation in methods.items()]
-    return environment.get_template("docs.html").render(info=document["info"], operations=operations, schemas=[
+    return render_page(__name__, "docs.html", info=document["info"], operations=operations, schemas=[
         {"name": name, "description": schema.get("description", ""), "fields": _fields(schema)}
         for name, schema in sorted(schemas.items())])
 
