@@ -254,10 +254,11 @@ def _write(config: JobConfig, panels: Mapping[str, Panel], scores: Mapping[str, 
     blend = _whole_blend(config, panels["valid"], scores["valid"], found["valid"])
     measured[WHOLE] = _whole(config, panels["test"], scores["test"], heads["test"], found["test"], blend)
     tables[WHOLE] = _table(measured[WHOLE], blend, "nDCG@10")
-    plot_curves(facts["cross_encoders"], config.plot)
     command = f"python benchmarks/goodbooks.py {shlex.join(sys.argv[1:])}"
-    return write_result(config.result, command=command, headline=_headline(measured), tables=tables,
-                        seeds=[config.seed])
+    written = write_result(config.result, command=command, headline=_headline(measured), tables=tables,
+                           seeds=[config.seed])
+    plot_curves(facts["cross_encoders"], config.plot)   # after it: a picture that changed makes the commit look dirty
+    return written
 
 
 def _under(config: JobConfig, panel: Panel, policy: str, systems: Mapping[str, Floats], found: Features, blend: Blend

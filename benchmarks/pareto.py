@@ -78,14 +78,15 @@ def run(config: JobConfig) -> Path:
             values[name] = ndcg(lists, asked)
             log.info("%-24s nDCG@10 %.4f, %8.2f CPU-ms", name, values[name].mean(), cost[name][-1])
     rows = table(values, cost, config)
-    plot_rows(rows, config.plot)
     best, cheapest = max(rows, key=lambda row: row["ndcg10"]), min(rows, key=lambda row: row["cpu_ms"])
     headline: dict[str, float | None] = {
         "best_ndcg10": best["ndcg10"], "best_cpu_ms": best["cpu_ms"], "cheapest_ndcg10": cheapest["ndcg10"],
         "cheapest_cpu_ms": cheapest["cpu_ms"], "on_the_front": sum(row["front"] for row in rows)}
-    return write_result(config.result, command=f"python benchmarks/pareto.py {' '.join(sys.argv[1:])}",
-                        headline=headline, tables={"cascades": rows, "setting": config.model_dump(mode="json")},
-                        seeds=[config.seed])
+    written = write_result(config.result, command=f"python benchmarks/pareto.py {' '.join(sys.argv[1:])}",
+                           headline=headline, tables={"cascades": rows, "setting": config.model_dump(mode="json")},
+                           seeds=[config.seed])
+    plot_rows(rows, config.plot)    # after it: a picture that changed would make the commit look dirty
+    return written
 
 
 def answered(recommender: Recommender, asked: Sequence[GradedQuery]) -> list[list[str]]:
