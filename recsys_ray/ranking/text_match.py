@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from recsys_ray.retrieval.lexical import LexicalConfig
+
 Floats = npt.NDArray[np.float32]
 REMEMBERED_TEXTS = 1 << 16      # products come up again and again
-BM25_K1, BM25_B = 1.2, 0.75     # as the index has them by default
+BM25 = LexicalConfig()          # its constants
 _WORD = re.compile(r"\w+")
 _LIMIT = re.compile(r"(?:under|below|(?:less|cheaper) than|up to|at most)\s*(?:[$€£]|usd|eur)?\s*(\d{1,6}(?:\.\d\d?)?)",
                     re.IGNORECASE)
@@ -96,7 +98,7 @@ class QueryWords:
         lengths = np.array([len(one.listed) for one in self._fields[name]], dtype=np.float64)
         there = lengths > 0
         mean = lengths[there].mean() if there.any() else 1.0
-        damping = BM25_K1 * (1 - BM25_B + BM25_B * lengths / mean)
+        damping = BM25.k1 * (1 - BM25.b + BM25.b * lengths / mean)
         found = [fsum(self._rarity[word] * one.counts[word] / (one.counts[word] + damped) for word in hit)
                  for one, hit, damped in zip(self._fields[name], self._hits[name], damping, strict=True)]
         return np.where(there, found, np.nan).astype(np.float32)

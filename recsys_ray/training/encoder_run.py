@@ -107,7 +107,7 @@ def publish(config: FinetuneBgeConfig, staging: Staging, parents: Mapping[str, M
 
 
 def outcome(config: LoopConfig, values: Mapping[str, Any], objective: str) -> dict[str, Any]:
-    """What the facts of every fine-tuning say of how far it came, of the values that `write_model` wrote."""
+    """What the facts of every fine-tuning say of how far it came, of the values that `write_model` wrote; logs it."""
     best, steps = values["best_value"], values["step"]
     best_step = steps if best is None else values["best_step"]
     log.info("%d steps, best %s %s at step %d, %s at the start", steps, objective, _figure(best), best_step,
